@@ -230,7 +230,7 @@ def test_a_verdict_to_attach_to_an_issue(
     image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that a stranger needs to know, and nothing of the user's folders, words or image."""
-    monkeypatch.setattr("localization_heads.stages.doctor.SHIPPED", tmp_path / "data.jsonl")
+    monkeypatch.setattr("localization_heads.stages.doctor.EXAMPLE_DATA", tmp_path / "data.jsonl")
     lines = [
         {"id": f"{n}", "prompt": text, "image_path": "noise.png"}
         for n, text in enumerate(["the dog", "a cat"])

@@ -92,10 +92,10 @@ def _rank(run: Run) -> int:
         return _show_result(run, rank_files.rank_files(run))
     if run.options.heads_by == "criteria":
         return _show_result(run, find.rank(run))
-    return _show_labelled(run, labels.rank_by_kept_labels(run))
+    return _show_labelled(run, labels.rank_by_stored_labels(run))
 
 
-def _show_labelled(run: Run, found: labels.Labelled) -> int:
+def _show_labelled(run: Run, found: labels.LabelRanking) -> int:
     for table in heads.label_tables(found):
         tables.show(table)
     if found.result.ranking:

@@ -13,7 +13,7 @@ from localization_heads.apps.tables import cell, new_table
 from localization_heads.errors import printable
 from localization_heads.heads.ready import ready_list, shared_heads
 from localization_heads.heads.record import HeadRanking, resting_heads
-from localization_heads.stages.labels import Labelled
+from localization_heads.stages.labels import LabelRanking
 from localization_heads.stages.ranking import choose_grounding_heads
 from localization_heads.stages.run import Run
 
@@ -76,12 +76,12 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
 LABEL_ROWS = 10
 
 
-def label_tables(found: Labelled) -> Iterator[Table]:
+def label_tables(found: LabelRanking) -> Iterator[Table]:
     """The first heads with their scores; and the quality of the first `k` at each number of labels, if measured."""
     ranking, recipe, curve = found.result.ranking, found.recipe, found.curve
     assert ranking is not None
     spread = "draws" if ranking.spread == "draws" else "bootstrap resamples"
-    first = ", ".join(str(head.address) for head in found.free.kept[: recipe.k]) or "none"
+    first = ", ".join(str(head.address) for head in found.label_free.kept[: recipe.k]) or "none"
     table = new_table(
         f"Heads of {printable(ranking.model)[:60]} by {recipe.by}, {ranking.num_samples} labels",
         *("rank", "head", "score", "selection frequency", "attention sum"),
@@ -96,8 +96,8 @@ def label_tables(found: Labelled) -> Iterator[Table]:
         yield _curve(found)
 
 
-def _curve(found: Labelled) -> Table:
-    curve, plain, k = found.curve, found.plain, found.recipe.k
+def _curve(found: LabelRanking) -> Table:
+    curve, plain, k = found.curve, found.unshrunk_curve, found.recipe.k
     caption = f"without labels {curve.free:.3f}, all heads {curve.every:.3f}, all labels {curve.best:.3f}"
     columns = ["labels", "quality", *(["without shrinkage"] if plain else []), f"same {k} heads"]
     table = new_table(f"The first {k} heads on entries not drawn", *columns, caption=caption)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.answers.trace import Trace
     from localization_heads.lvlm.checks.doctor import Examination
     from localization_heads.lvlm.families.geometry import View
-    from localization_heads.stages.trace import Traced
+    from localization_heads.stages.trace import TraceResult
     from localization_heads.stages.video import VideoResult
 
 
@@ -231,10 +231,10 @@ _HEADS = 4
 """Heads with a column of their own."""
 
 
-def traced_table(traced: Traced) -> Table:
+def traced_table(traced: TraceResult) -> Table:
     """The words of a single answer; of a data set, the answers."""
-    if traced.alone is not None:
-        return trace_table(traced.alone)
+    if traced.single is not None:
+        return trace_table(traced.single)
     answers = traced.answers
     names = ("id", "query", "answer")
     caption = f"the first {ROWS} of {len(answers)}" if len(answers) > ROWS else None

@@ -1,4 +1,4 @@
-"""`doctor`: how a model reads an image and an expression; as a file, a verdict on a checkpoint and its known heads."""
+"""`doctor`: shows how a model reads an image and an expression, and judges a checkpoint and its known heads."""
 
 from __future__ import annotations
 
@@ -30,57 +30,55 @@ if TYPE_CHECKING:
 
     from localization_heads.lvlm.checks.doctor import Examination
 
-EXAMPLE = "examples/images/cat.jpg"
-EXPRESSION = "the cat"
-"""What `doctor` shows a model if nothing is named."""
-SHIPPED = Path("examples/localization_data.jsonl")
-"""Images with expressions, of which a checkout of this project has a few."""
+DEFAULT_IMAGE = "examples/images/cat.jpg"
+DEFAULT_EXPRESSION = "the cat"
+EXAMPLE_DATA = Path("examples/localization_data.jsonl")
+"""The images with expressions that a checkout of this project contains."""
 
 
 @dataclass(frozen=True)
-class Examined:
-    """What `doctor` found, and the figure of the image tokens' cells (none where their places are not known)."""
+class DoctorResult:
+    """The examination, and its files: the figure of the cells (if their positions are known) and the verdict."""
 
     examination: Examination
     paths: list[Path]
 
 
-def doctor(run: Run) -> Examined:
-    """Show how the model reads `image_file` and `query`, or an example -> `<id>_doctor.png`."""
-    source, expression = (
-        run.resolve_image(run.options.image_file or EXAMPLE),
-        str(run.options.query or EXPRESSION),
-    )
+def doctor(run: Run) -> DoctorResult:
+    """Examine the model on `image_file` and `query`, by default the example -> `<id>_doctor.png` and `verdict.json`."""
+    source = run.resolve_image(run.options.image_file or DEFAULT_IMAGE)
+    expression = str(run.options.query or DEFAULT_EXPRESSION)
     image = load_image(source)
     path = entry_path(run.attention_folder, image_id(run, source, expression), "_doctor.png")
     writable_folder(run.attention_folder)
-    run.note_head_conditions()  # before the examination, for a model that cannot be loaded is an error of its own
+    run.note_head_conditions()  # loads the model first: that it cannot be loaded is an error, not a finding
     from localization_heads import figures
     from localization_heads.lvlm.checks.doctor import examine
 
-    found = examine(run.lvlm, image, expression, run.options.doctor.check)
-    found = replace(found, facts=[*found.facts, *_sensitivity_rows(run, image, expression)])
+    examination = examine(run.lvlm, image, expression, run.options.doctor.check)
+    facts = [*examination.facts, *_sensitivity_facts(run, image, expression)]
+    examination = replace(examination, facts=facts)
     paths = []
-    if found.views:
+    if examination.views:
         title = f"{run.lvlm.name}: the cells of its image tokens"
-        paths.append(run.draw(figures.plot_cells, image, found.views, path=path, title=title))
+        paths.append(run.draw(figures.plot_cells, image, examination.views, path=path, title=title))
     if run.options.verdict:
-        paths.append(_write_verdict(run, found, image))
-    return Examined(found, paths)
+        paths.append(_write_verdict(run, examination, image))
+    return DoctorResult(examination, paths)
 
 
-def _sensitivity_rows(run: Run, image: Image.Image, expression: str) -> list[tuple[str, str]]:
-    """Sensitivity on one image, as (name, value); nothing if the criteria do not use it. Warns of other first heads."""
+def _sensitivity_facts(run: Run, image: Image.Image, expression: str) -> list[tuple[str, str]]:
+    """The sensitivity of the heads on this image, as (name, value); empty if the criteria do not measure it."""
     criteria = run.options.criteria
     if not measures_sensitivity(criteria):
         return []
     maps = run.lvlm.attend(image, expression, extra_prompts=sensitivity_prompts(criteria))
     mirrored = run.lvlm.attend_mirrored(image, expression, maps) if criteria.mirrored else None
-    found = head_statistics(maps.attention, criteria)
+    statistics = head_statistics(maps.attention, criteria)
     ranking = rank_heads(
-        found.attention_sum[None],
-        found.spatial_entropy[None],
-        bottom_row=found.bottom_row_focus[None],
+        statistics.attention_sum[None],
+        statistics.spatial_entropy[None],
+        bottom_row=statistics.bottom_row_focus[None],
         options=criteria,
         top_n=run.top_n,
         num_trials=1,
@@ -94,34 +92,34 @@ def _sensitivity_rows(run: Run, image: Image.Image, expression: str) -> list[tup
         for head in first
         if head.sensitivity_score is not None
     ]
-    rest = [str(head.address) for head in resting_heads(ranking)[:10]]
-    said = f"{' '.join(scores) or 'none'}: heads by sensitivity score, on this image alone"
-    return [("they follow", said), ("they rest", " ".join(rest) or "none")]
+    resting = [str(head.address) for head in resting_heads(ranking)[:10]]
+    following = f"{' '.join(scores) or 'none'}: heads by sensitivity score, on this image alone"
+    return [("they follow", following), ("they rest", " ".join(resting) or "none")]
 
 
-def _write_verdict(run: Run, found: Examination, image: Image.Image) -> Path:
-    """`verdict.json` in the model's folder."""
+def _write_verdict(run: Run, examination: Examination, image: Image.Image) -> Path:
+    """Write `verdict.json` into the model's folder."""
     from localization_heads.lvlm.checks.verdict import verdict
 
-    content = verdict(run.lvlm, image, found)
-    content["heads"] = _heads(run)
+    content = verdict(run.lvlm, image, examination)
+    content["heads"] = _check_known_heads(run)
     path = run.folder / "verdict.json"
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
     return path
 
 
-def _heads(run: Run) -> dict[str, Any]:
-    """Known heads, and the first ones of a ranking over the shipped images, if they are here."""
+def _check_known_heads(run: Run) -> dict[str, Any]:
+    """The checkpoint's known heads compared with a ranking on the example images, or a note why that is impossible."""
     from localization_heads.finding import find_heads
     from localization_heads.lvlm.checks.verdict import recovered_heads
 
     known = run.lvlm.known_heads
     if not known:
         return {"note": "no heads are published for this checkpoint"}
-    samples = load_samples(SHIPPED).samples if SHIPPED.is_file() else ()
+    samples = load_samples(EXAMPLE_DATA).samples if EXAMPLE_DATA.is_file() else ()
     if not samples:
-        return {"note": f"{SHIPPED} is not here: run it in a copy of the project"}
+        return {"note": f"{EXAMPLE_DATA} is not here: run it in a copy of the project"}
     try:
         ranking = find_heads(run.lvlm, samples, criteria=run.options.criteria)
     except (UsageError, WorkError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""`evaluate`: boxes and masks against the truth, beside the controls; the worst boxes are drawn into `failures/`."""
+"""`evaluate`: boxes and masks scored against the ground truth, next to controls; the worst boxes go to `failures/`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from localization_heads.options.kinds import as_read
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries, require_truth
 from localization_heads.stages.find import draw_trials, rank_entries
-from localization_heads.stages.ground import ground_all, settings
+from localization_heads.stages.ground import ground_all, grounding_settings
 from localization_heads.stages.outcome import Outcome, Result, save_per_sample, save_predictions
 from localization_heads.stages.report import Reporter, SingleHeadIoU
 from localization_heads.stages.run import Run
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 
 
 def evaluate(run: Run) -> Result:
-    """Score every entry that has a true box or mask, beside the controls.
+    """Score every entry with a ground-truth box or mask, next to the controls -> `metrics.json`, the report and more.
 
-    Where no heads.json is known, the report ranks the heads on these entries. Their statistics are kept as `find`
-    keeps them, so a `find` over the same entries is free; they take 0.03 s a sample for a model of 1,024 heads, and
-    the boxes of all its single heads 0.3 s for each of the first fifty.
+    Without a heads.json, the report ranks the heads on these entries. Their statistics go into the store of `find`, so
+    a later `find` over the same entries need not run the model. For a model of 1,024 heads they take 0.03 s per
+    sample, and the boxes of all its single heads 0.3 s for each of the first fifty samples.
     """
     from localization_heads import figures
 
     options = run.options
-    entries = require_truth(load_entries(run), "stage=evaluate", with_box, or_absent=True)
+    entries = require_truth(load_entries(run), "stage=evaluate", complete_box, or_absent=True)
     check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
     run.check_clips()
     with RunLock(run.folder):
@@ -64,7 +64,7 @@ def evaluate(run: Run) -> Result:
             bootstrap=options.bootstrap,
             seed=options.random_seed,
         )
-        # a clip of the few frames that a ranking draws would have other maps
+        # Clips are excluded: one of only the frames that the ranking draws would have other maps.
         store = (
             open_statistics(run)
             if report.needs_ranking and judge.controls and not run.frames_per_clip
@@ -72,8 +72,12 @@ def evaluate(run: Run) -> Result:
         )
         native = native_box_format(run.lvlm, options.native, by_default=judge.controls)
         scorer = EntryScorer(judge, native, report.single_head_iou(entries))
-        depends = {**settings(run), **scorer.settings(entries.samples), "report": report.settings}
-        log = ResultLog(run.folder, "evaluate", depends)
+        log_settings = {
+            **grounding_settings(run),
+            **scorer.settings(entries.samples),
+            "report": report.settings,
+        }
+        log = ResultLog(run.folder, "evaluate", log_settings)
         outcomes, drawn = ground_all(
             run,
             entries,
@@ -86,31 +90,36 @@ def evaluate(run: Run) -> Result:
         )
         scored = [(scores, outcome) for outcome in outcomes if (scores := outcome.scores)]
         images = [outcome.sample.image_key for _, outcome in scored]
-        numbers = judge.metrics([scores for scores, _ in scored], images, len(entries.failures))
-        numbers |= _of_several(run, outcomes)
-        numbers |= judge.trust([_claim(outcome) for outcome in outcomes])
-        answers = [outcome.answer for outcome in outcomes]
-        block = protocol_block(
-            answers, run.lvlm.note, by_image=options.bootstrap == "image", seed=options.random_seed
+        metrics = judge.metrics([scores for scores, _ in scored], images, len(entries.failures))
+        metrics |= _instance_metrics(run, outcomes)
+        metrics |= judge.trust([_make_claim(outcome) for outcome in outcomes])
+        protocol = protocol_block(
+            [outcome.answer for outcome in outcomes],
+            run.lvlm.note,
+            by_image=options.bootstrap == "image",
+            seed=options.random_seed,
         )
-        metrics = {**numbers, **block, "choices": {**_choices(run, scorer), **named_protocol(block)}}
+        metrics |= {**protocol, "choices": {**_choices(run, scorer), **named_protocol(protocol)}}
         paths = [
             save_predictions(run, outcomes, entries.sorted_failures()),
             save_per_sample(run, outcomes, entries.sorted_failures()),
-            *save_failed_boxes(run, outcomes, entries),
+            *draw_worst_boxes(run, outcomes, entries),
             run.folder / "metrics.json",
         ]
         write_json(paths[-1], metrics)
         if trust := metrics.get("confidence"):
             paths.append(run.draw(figures.plot_confidence, trust, path=run.folder / "confidence.png"))
-        own = None if store is None else _own_ranking(run, entries, store)
-        paths += report.write(entries, outcomes, metrics=metrics, store=store, own_ranking=own)
+        own_ranking = None if store is None else _rank_on_entries(run, entries, store)
+        paths += report.write(entries, outcomes, metrics=metrics, store=store, own_ranking=own_ranking)
         log.finish()
         return Result([*drawn, *paths], entries.sorted_failures(), outcomes, metrics=metrics)
 
 
-def with_box(sample: Sample) -> Sample:
-    """Without a box, the tight box of the mask is the true one; several boxes, or none of what is absent, stay so."""
+def complete_box(sample: Sample) -> Sample:
+    """The sample with its one ground-truth box: if only a mask is given, the tight box of the mask.
+
+    Samples of absent objects or with several true boxes are returned as they are.
+    """
     if sample.absent or len(sample.boxes) > 1 or sample.bbox is not None:
         return sample
     if sample.boxes:
@@ -118,27 +127,30 @@ def with_box(sample: Sample) -> Sample:
     return replace(sample, bbox=truth_of(sample, image_size(sample.single)).box)
 
 
-def _of_several(run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """F1 and Pr@(F1=1) over all entries; nothing where each has one true box and one answer, as in Acc@0.5."""
-    plural = run.options.instances == "all"
-    if not plural and not any(one.sample.absent or len(one.sample.boxes) > 1 for one in outcomes):
+def _instance_metrics(run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """F1 and Pr@(F1=1) over all entries; empty if each has one true box and one answer, which Acc@0.5 covers."""
+    all_instances = run.options.instances == "all"
+    if not all_instances and all(
+        len(outcome.sample.boxes) <= 1 and not outcome.sample.absent for outcome in outcomes
+    ):
         return {}
-    answers = {"boxes": [one.boxes for one in outcomes]}
-    if plural:
-        answers["single_box"] = [one.boxes[:1] for one in outcomes]
-    truths = [one.sample.true_boxes for one in outcomes]
-    groups = [one.sample.image_key for one in outcomes] if run.options.bootstrap == "image" else None
-    found = instance_metrics(answers, truths, groups=groups, seed=run.options.random_seed)
-    return {**found.pop("boxes"), "num_answers": len(outcomes), **found}
+    answers = {"boxes": [outcome.boxes for outcome in outcomes]}
+    if all_instances:
+        answers["single_box"] = [outcome.boxes[:1] for outcome in outcomes]
+    truths = [outcome.sample.true_boxes for outcome in outcomes]
+    by_image = run.options.bootstrap == "image"
+    groups = [outcome.sample.image_key for outcome in outcomes] if by_image else None
+    metrics = instance_metrics(answers, truths, groups=groups, seed=run.options.random_seed)
+    return {**metrics.pop("boxes"), "num_answers": len(outcomes), **metrics}
 
 
-def _claim(outcome: Outcome) -> Claim:
-    sample, said = outcome.sample, outcome.prediction
+def _make_claim(outcome: Outcome) -> Claim:
+    sample, prediction = outcome.sample, outcome.prediction
     return Claim(
-        confidence=said.confidence,
-        presence=said.presence,
-        calibrated=said.calibrated,
-        absent=said.absent,
+        confidence=prediction.confidence,
+        presence=prediction.presence,
+        calibrated=prediction.calibrated,
+        absent=prediction.absent,
         right=bool(outcome.measured["right"]),
         present=not sample.absent,
         image=sample.image_key,
@@ -146,8 +158,8 @@ def _claim(outcome: Outcome) -> Claim:
     )
 
 
-def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
-    """The ranking that `find` would make of these samples; None if none of those drawn could be used."""
+def _rank_on_entries(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
+    """The ranking of `find` on these entries; None if none of the drawn samples could be used."""
     try:
         return rank_entries(run, entries, draw_trials(run, entries), store)
     except NothingDoneError:
@@ -155,7 +167,7 @@ def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRank
 
 
 def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
-    """Whatever the numbers depend on, by name."""
+    """Every choice that the metrics depend on, by name."""
     options = run.options
     return {
         **run.lvlm.choices,
@@ -175,53 +187,51 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EntryScorer:
-    """Measures each grounded entry.
+    """Scores each grounded entry while its maps are in memory.
 
     Args:
-        native: how the model writes boxes; None does not ask it for any.
-        alone: heads that are measured one by one, for the report.
+        native: how the model writes boxes; None does not ask for any.
+        single_heads: the heads that are also scored one by one, for the report.
     """
 
     judge: Judge
     native: BoxFormat | None
-    alone: SingleHeadIoU = field(default_factory=SingleHeadIoU)
+    single_heads: SingleHeadIoU = field(default_factory=SingleHeadIoU)
 
-    def measure(self, run: Run, one: AttendedSample, found: Sequence[Grounding]) -> dict[str, Any]:
-        """Whether the box is right; where there is one true box, every method's scores, and the model's own box."""
-        grounding = found[0]
-        measured: dict[str, Any] = {"right": is_right(one.sample, grounding.box)}
-        overlap = overlap_of_all(one.sample, found)
+    def measure(self, run: Run, attended: AttendedSample, groundings: Sequence[Grounding]) -> dict[str, Any]:
+        """Whether the box is right and, with one true box, the scores of every method and of the model's own box."""
+        sample, image, grounding = attended.sample, attended.single_image, groundings[0]
+        measured: dict[str, Any] = {"right": is_right(sample, grounding.box)}
+        overlap = overlap_of_all(sample, groundings)
         if overlap is not None:
             measured["overlap"] = overlap
-        if one.sample.absent or len(one.sample.boxes) > 1:
+        if sample.absent or len(sample.boxes) > 1:
             return measured
-        truth = truth_of(one.sample, one.single_image.size)
-        refine = partial(
-            run.grounder(None).refine, image=one.single_image, name=f"a control of {sample_name(one.sample)}"
-        )
-        scores = self.judge.scores(one.maps, grounding, truth, refine)
+        truth = truth_of(sample, image.size)
+        refine = partial(run.grounder(None).refine, image=image, name=f"a control of {sample_name(sample)}")
+        scores = self.judge.scores(attended.maps, grounding, truth, refine)
         if grounding.absent:  # no answer
-            scores[HEADS] = [score_box(None, truth, one.single_image.size)]
+            scores[HEADS] = [score_box(None, truth, image.size)]
         measured["scores"] = scores
         if self.native:
-            box, answer = generate_box(run.lvlm, self.native, one.single_image, one.sample.expression)
-            scores["native"] = [score_box(box, truth, one.single_image.size)]
+            box, answer = generate_box(run.lvlm, self.native, image, sample.expression)
+            scores["native"] = [score_box(box, truth, image.size)]
             measured["native"] = {"box": None if box is None else list(box), "answer": answer}
-        return measured | self.alone.measure(one.sample, one.maps, run.options.grounding)
+        return measured | self.single_heads.measure(sample, attended.maps, run.options.grounding)
 
     def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """All that the scores depend on besides the boxes."""
-        asked = None if self.native is None else [self.native.prompt, self.native.pattern]
-        heads = [list(head) for head in self.alone.heads]
-        options = [self.judge.controls, self.judge.seed, DRAWS, CENTRE, asked, heads]
-        return {"truth": truths(samples), "evaluation": options}
+        """Everything that the scores depend on besides the boxes."""
+        native = None if self.native is None else [self.native.prompt, self.native.pattern]
+        heads = [list(head) for head in self.single_heads.heads]
+        options = [self.judge.controls, self.judge.seed, DRAWS, CENTRE, native, heads]
+        return {"truth": truth_digest(samples), "evaluation": options}
 
 
-def truths(samples: Sequence[Sample]) -> str:
-    """Hexadecimal digits that change with any truth of the samples."""
+def truth_digest(samples: Sequence[Sample]) -> str:
+    """A SHA-256 hex digest of the samples' ground truth."""
     digest = hashlib.sha256()
     for sample in samples:
-        truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
+        truth = [sample.id, sample.bbox, _mask_identity(sample.mask), _mask_identity(sample.ignore)]
         truth += [sample.boxes, sample.absent] if sample.boxes or sample.absent else []
         protocol = sample.facts.get("protocol")
         truth += [protocol] if sample.absent or protocol == "grefcoco" else []
@@ -229,61 +239,61 @@ def truths(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _identity(mask: MaskSource | None) -> Any:
-    """JSON values that change with a mask of a data file: of a PNG, its size and time of change."""
+def _mask_identity(mask: MaskSource | None) -> Any:
+    """JSON values that change with a mask of a data file; for a PNG, its path, size and modification time."""
     if isinstance(mask, list | tuple):
-        return [_identity(one) if isinstance(one, Path) else one for one in mask]
+        return [_mask_identity(part) if isinstance(part, Path) else part for part in mask]
     if not isinstance(mask, Path):
         return mask
     try:
         status = mask.stat()
-    except OSError:  # gone since the data file was read: its entry will fail
+    except OSError:  # deleted since the data file was read: its entry will fail
         return str(mask)
     return [str(mask), status.st_size, status.st_mtime_ns]
 
 
-_THUMBNAIL = 3.0  # inches
-
-
 def worst_outcomes(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
-    """The `count` boxes of lowest IoU below 0.5; of equal ones those with less energy, then in file order."""
+    """The `count` lowest IoUs below 0.5; ties go to the lower pointing energy, then to file order."""
     scored = (outcome for outcome in outcomes if outcome.measured.get("scores"))
     failed = [outcome for outcome in scored if (outcome.iou or 0.0) < THRESHOLDS[0]]
     return sorted(failed, key=lambda outcome: (outcome.iou or 0.0, outcome.scores[HEADS][0].energy))[:count]
 
 
-def save_failed_boxes(run: Run, outcomes: Sequence[Outcome], entries: Entries) -> list[Path]:
-    """Draw the worst boxes, one by one and on one sheet, into `failures/`, which is replaced -> the sheet, if any."""
+THUMBNAIL_SIZE = 3.0  # inches
+
+
+def draw_worst_boxes(run: Run, outcomes: Sequence[Outcome], entries: Entries) -> list[Path]:
+    """Draw the worst boxes, one by one and on one sheet, into a new folder `failures/`; returns the sheet, if any."""
     from localization_heads import figures
     from localization_heads.figures.overlay import BoxPanel, shrink_to_panel
 
     folder = run.folder / "failures"
     panels = []
-    with replace_folder(folder) as new:
+    with replace_folder(folder) as new_folder:
         for number, outcome in enumerate(worst_outcomes(outcomes, run.options.worst), start=1):
             try:
                 image = load_image(outcome.sample.single)
-            except (UsageError, WorkError):  # gone meanwhile
+            except (UsageError, WorkError):  # deleted in the meantime
                 continue
             sample, iou = outcome.sample, outcome.iou or 0.0
-            grounding = _grounding(run, outcome, image, entries.siblings(sample))
-            path = new / f"{number:03d}_{sample.id}.png"
+            grounding = _ground_again(run, outcome, image, entries.siblings(sample))
+            path = new_folder / f"{number:03d}_{sample.id}.png"
             title = f"{sample.expression} (IoU {iou:.2f})"
             figures.plot_grounding(image, grounding, path, truth=sample.bbox, expression=title)
-            small = shrink_to_panel(image, _THUMBNAIL)
-            assert small is not None
-            panels.append(BoxPanel(small, image.size, sample.expression, grounding.box, sample.bbox, iou))
+            thumbnail = shrink_to_panel(image, THUMBNAIL_SIZE)
+            assert thumbnail is not None
+            panels.append(BoxPanel(thumbnail, image.size, sample.expression, grounding.box, sample.bbox, iou))
         if panels:
             title = f"The worst {len(panels)} of {len(outcomes)} boxes"
-            figures.plot_boxes(panels, new / "worst.png", title=title)
+            figures.plot_boxes(panels, new_folder / "worst.png", title=title)
     return [folder / "worst.png"] if panels else []
 
 
-def _grounding(run: Run, outcome: Outcome, image: Image.Image, siblings: Sequence[str]) -> Grounding:
-    """The outcome with its map, for which it goes through the model once more, and the box as it was scored."""
-    scored = outcome.prediction
-    last_layer = max(layer for layer, _ in scored.heads)
-    extra_prompts = replace(run.extra_prompts(scored.heads), signals=False)
+def _ground_again(run: Run, outcome: Outcome, image: Image.Image, siblings: Sequence[str]) -> Grounding:
+    """The grounding of an outcome with its map, which takes another forward pass, and with the box as it was scored."""
+    prediction = outcome.prediction
+    last_layer = max(layer for layer, _ in prediction.heads)
+    extra_prompts = replace(run.extra_prompts(prediction.heads), signals=False)
     maps = run.lvlm.attend(
         image,
         run.query_for(outcome.sample.expression),
@@ -291,5 +301,5 @@ def _grounding(run: Run, outcome: Outcome, image: Image.Image, siblings: Sequenc
         extra_prompts=extra_prompts,
         siblings=siblings,
     )
-    grounding = ground_maps(maps, scored.heads, run.options.grounding)
-    return replace(grounding, box=scored.bbox or grounding.box, score=scored.score or 0.0)
+    grounding = ground_maps(maps, prediction.heads, run.options.grounding)
+    return replace(grounding, box=prediction.bbox or grounding.box, score=prediction.score or 0.0)

@@ -1,4 +1,4 @@
-"""`export`: the predictions and the heads of an earlier run in the forms that other tools open."""
+"""`export`: the predictions and the heads of an earlier run in the file formats of other tools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.score_lists import as_mapping, as_objects, scores_of
 from localization_heads.interop.coco import results_of, to_coco
 from localization_heads.stages.entries import load_entries
-from localization_heads.stages.ground import in_phrases
+from localization_heads.stages.ground import split_entries
 from localization_heads.stages.run import Run
 from localization_heads.store.files import write_json
 from localization_heads.store.results import load_frequencies, load_ranking, read_predictions
@@ -19,7 +19,7 @@ HEADS, MAPPING, OBJECTS = "heads_scores.json", "heads_sparsemm.json", "heads_gaz
 
 
 def export(run: Run) -> list[Path]:
-    """Predictions as a COCO data set and as COCO results, heads as score lists: each where its run has been.
+    """Write the predictions as a COCO data set and as COCO results, and the heads as score lists, as far as they exist.
 
     Raises:
         UsageError: this model's folder has neither predictions nor heads.
@@ -27,7 +27,7 @@ def export(run: Run) -> list[Path]:
     written = []
     if (run.folder / "predictions.jsonl").is_file():
         entries = load_entries(run)
-        parts = in_phrases(run, entries)[0]  # what `ground` made of an entry with several phrases
+        parts, _ = split_entries(run, entries)  # `ground` predicts each phrase of an entry by itself
         samples = {sample.id: sample for sample in [*parts.samples, *entries.samples]}
         coco = to_coco(read_predictions(run.folder / "predictions.jsonl"), samples)
         if not coco["annotations"]:
@@ -48,11 +48,11 @@ def export(run: Run) -> list[Path]:
 
 
 def _export_heads(folder: Path) -> list[Path]:
-    """The ranking as lists of scores, and every head's frequency as the mapping that SparseMM takes."""
+    """Write the ranking as lists of scores, and the selection frequency of every head as the mapping of SparseMM."""
     ranking = load_ranking(folder / "heads.json")
-    forms: dict[str, Any] = {HEADS: scores_of(ranking), OBJECTS: as_objects(ranking)}
+    contents: dict[str, Any] = {HEADS: scores_of(ranking), OBJECTS: as_objects(ranking)}
     if (folder / "heads.csv").is_file():
-        forms[MAPPING] = as_mapping(load_frequencies(folder / "heads.csv"))
-    for name, content in forms.items():
+        contents[MAPPING] = as_mapping(load_frequencies(folder / "heads.csv"))
+    for name, content in contents.items():
         write_json(folder / name, content)
-    return [folder / name for name in forms]
+    return [folder / name for name in contents]

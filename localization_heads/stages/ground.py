@@ -1,4 +1,7 @@
-"""`ground`: boxes and masks. Several objects of one query are as many entries, and one figure shows them together."""
+"""`ground`: boxes and masks for images and expressions.
+
+An expression with several phrases is split into one entry per phrase; one figure shows their boxes together.
+"""
 
 from __future__ import annotations
 
@@ -47,41 +50,42 @@ if TYPE_CHECKING:
     from localization_heads.figures import Found
 
 
-def second_look(run: Run, heads: Sequence[Head] | None) -> SecondPass | None:
-    """What `run_over_samples` asks a second time; None without `zoom=true`."""
-    return partial(look_again, heads=heads) if run.options.zoom else None
+def zoom_pass(run: Run, heads: Sequence[Head] | None) -> SecondPass | None:
+    """The second pass of `zoom=true`; None without it."""
+    return partial(_ground_crops, heads=heads) if run.options.zoom else None
 
 
-def look_again(
+def _ground_crops(
     run: Run, entries: Entries, attended: Sequence[AttendedSample], *, heads: Sequence[Head] | None
 ) -> list[AttendedSample]:
-    """The chunk with the boxes that the same heads find in crops; an entry whose crop cannot be used fails.
+    """The samples with the boxes that the same heads find in crops around the first boxes.
 
-    The whole chunk is asked, whatever is missing of it: another batch would round differently.
+    Every sample of the chunk is asked, even those with stored results: a smaller batch would round differently.
+    A sample whose crop cannot be used is left out.
     """
-    first = {one.sample.id: found for one in attended if (found := _first_look(run, one, heads))}
-    crops = {id: crop for id, found in first.items() if (crop := crop_around(found))}
+    first = {one.sample.id: grounding for one in attended if (grounding := _ground_whole(run, one, heads))}
+    crops = {id: crop for id, grounding in first.items() if (crop := crop_around(grounding))}
     opened = [
         (one.sample, one.single_image.crop(crops[one.sample.id]))
         for one in attended
         if one.sample.id in crops
     ]
-    last_layer = max((head.layer for found in first.values() for head in found.heads), default=None)
-    seconds = {one.sample.id: one for one in attend_samples(run, entries, opened, last_layer)}
-    looked = []
+    last_layer = max((head.layer for grounding in first.values() for head in grounding.heads), default=None)
+    cropped = {one.sample.id: one for one in attend_samples(run, entries, opened, last_layer)}
+    zoomed = []
     for one in attended:
         id = one.sample.id
-        if id in seconds:
-            found = ground_maps(seconds[id].maps, first[id].heads, run.options.grounding)
-            box = to_image_pixels(found.box, crops[id]) if found.cells.any() else None
-            looked.append(one._replace(zoomed_box=box))
+        if id in cropped:
+            grounding = ground_maps(cropped[id].maps, first[id].heads, run.options.grounding)
+            box = to_image_pixels(grounding.box, crops[id]) if grounding.cells.any() else None
+            zoomed.append(one._replace(zoomed_box=box))
         elif id not in crops:
-            looked.append(one)
-    return looked
+            zoomed.append(one)
+    return zoomed
 
 
-def _first_look(run: Run, one: AttendedSample, heads: Sequence[Head] | None) -> Grounding | None:
-    """What the maps of the whole image say; None where a sample finds no heads of its own, which `work` reports."""
+def _ground_whole(run: Run, one: AttendedSample, heads: Sequence[Head] | None) -> Grounding | None:
+    """The grounding on the whole image; None if no head passes in this sample, which `_ground_each` reports."""
     try:
         return ground_maps(one.maps, run.grounder(heads).heads_of(one.maps), run.options.grounding)
     except NoHeadError:
@@ -89,64 +93,62 @@ def _first_look(run: Run, one: AttendedSample, heads: Sequence[Head] | None) -> 
 
 
 Measure = Callable[[Run, AttendedSample, Sequence[Grounding]], dict[str, Any]]
-"""Adds to `Outcome.measured` of one grounded entry, with all that was found for it, the best first.
-UsageError puts the entry aside.
+"""`measure(run, attended, groundings)`: further JSON values for `Outcome.measured`; `groundings` are best first.
 
-Like all `ProcessChunk` it is sent to where the model is, and given that place's `Run`.
+A UsageError fails the entry. Like a `ProcessChunk` it is pickled for workers, and gets the worker's `Run`.
 """
 
 
 def ground(run: Run) -> Result:
-    """Boxes and masks for one image, or for every entry of `data_file` if no image is named."""
+    """Boxes and masks for the named images or, without `image_file` and `query`, for every entry of `data_file`."""
     named = bool(run.options.image_file or run.options.query)
-    asked = _named_images(run) if named else load_entries(run)
-    alone = named and not asked.samples[0].line
-    entries, groups = in_phrases(run, asked)
+    entries = _name_entries(run) if named else load_entries(run)
+    single_id = entries.samples[0].id if named and not entries.samples[0].line else None
+    entries, groups = split_entries(run, entries)
     with RunLock(run.folder):
-        log = ResultLog(run.folder, "ground_one" if alone else "ground", settings(run))
-        outcomes, drawn = ground_all(run, entries, log)
-        drawn += _draw_groups(run, groups, outcomes)
-        alone_id = asked.samples[0].id if alone else None
-        path = save_predictions(run, outcomes, entries.sorted_failures(), single_id=alone_id)
+        log = ResultLog(run.folder, "ground_one" if single_id else "ground", grounding_settings(run))
+        outcomes, figure_paths = ground_all(run, entries, log)
+        figure_paths += _draw_groups(run, groups, outcomes)
+        path = save_predictions(run, outcomes, entries.sorted_failures(), single_id=single_id)
         log.finish()
-        return Result([*drawn, path], entries.sorted_failures(), outcomes)
+        return Result([*figure_paths, path], entries.sorted_failures(), outcomes)
 
 
-def _named_images(run: Run) -> Entries:
-    """The image, or those of a folder or a pattern, each an entry with its place as its line."""
+def _name_entries(run: Run) -> Entries:
+    """The entries that `image_file` names: one, or one per file of a folder or a pattern, numbered as lines."""
     run.options.require("image_file", "query")
     named, query = run.options.image_file or "", str(run.options.query)
     names = (named,) if isinstance(named, str) else named
-    held = [list_image_files(name) for name in names]  # by a folder or a pattern
+    listings = [list_image_files(name) for name in names]  # None for a single image
     files: list[ImageSource] = []
-    for name, inside in zip(names, held, strict=True):
-        files += inside or [run.resolve_image(name)]
+    for name, listing in zip(names, listings, strict=True):
+        files += listing or [run.resolve_image(name)]
     if run.options.together or (run.options.together is None and not isinstance(named, str)):
         return _one_entry(run, Together(files), query)
-    if held == [None]:
+    if listings == [None]:
         return _one_entry(run, run.resolve_image(named), query)
     if run.options.save_id:
         raise UsageError("save_id= names the files of one image; leave it out for several")
-    named = [Sample(file, query, id=image_id(run, file, query), line=n) for n, file in enumerate(files, 1)]
-    ids = Counter(sample.id for sample in named)
-    return Entries([replace(one, id=f"{one.id}_{one.line}") if ids[one.id] > 1 else one for one in named])
+    samples = [Sample(file, query, id=image_id(run, file, query), line=n) for n, file in enumerate(files, 1)]
+    ids = Counter(sample.id for sample in samples)
+    return Entries([replace(one, id=f"{one.id}_{one.line}") if ids[one.id] > 1 else one for one in samples])
 
 
 def _one_entry(run: Run, image: ImageSource | Together, query: str) -> Entries:
     id = image_id(run, image, query)
     entry_path(run.attention_folder, id, "_prediction.jsonl")
-    load_prompt_images(image)  # a wrong image is wrong use here, not a failed entry
+    load_prompt_images(image)  # a bad image is a usage error here, not a failed entry
     run.lvlm.with_num_images(num_images(image)).prompt(query)
     if isinstance(image, Together) and not allows_several_images(run):
         raise UsageError(f"together=true: {MULTI_IMAGE_ERROR}")
     return Entries([Sample(image, query, id=id)])
 
 
-def in_phrases(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[Sample]]]:
-    """The entries, each one of several phrases (`phrases.by`) in as many parts, and those parts by the entry's id.
+def split_entries(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[Sample]]]:
+    """The entries, with one entry per phrase (`phrases.by`), and the samples of each split entry by its id.
 
-    The part's id is `<id>_<n>`, counted from 1. It does not inherit the entry's true box and mask. An entry whose
-    parts cannot be named is put aside.
+    The ids of the parts are `<id>_<n>`, counted from 1; they do not inherit the ground truth. An entry fails if the id
+    of a part is taken.
     """
     ids = {sample.id for sample in entries.samples}
     split = Entries([], list(entries.failures))
@@ -166,38 +168,42 @@ def _part(sample: Sample, number: int, phrase: str, ids: set[str]) -> Sample:
     id = check_id(f"{sample.id}_{number}")
     if id in ids:
         raise UsageError(
-            f"its phrase {number} would be called {id}, as another entry is; phrases.by=whole splits nothing"
+            f"its phrase {number} would get the id {id} of another entry; phrases.by=whole does not split"
         )
     return replace(sample, id=id, expression=phrase, bbox=None, mask=None, boxes=(), absent=False)
 
 
 def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[Outcome]) -> list[Path]:
-    """`<id>_grounding.png` of the first entries with several phrases."""
+    """Draw `<id>_grounding.png` for the first entries that were split into phrases."""
     from localization_heads import figures
 
-    done = {outcome.sample.id: outcome.prediction for outcome in outcomes}
+    predictions = {outcome.sample.id: outcome.prediction for outcome in outcomes}
     paths = []
     for id, parts in list(groups.items())[: run.num_figures]:
-        found = [(part.expression, done[part.id]) for part in parts if part.id in done]
-        if not found or isinstance(parts[0].image, Together):  # each phrase may be in another image
+        grounded = [part for part in parts if part.id in predictions]
+        if not grounded or isinstance(parts[0].image, Together):  # each phrase may be in another image
             continue
         image = load_image(parts[0].image)
-        objects = [_found(expression, one, image.size) for expression, one in found if one.bbox is not None]
+        objects = [
+            _drawn_object(part.expression, prediction, image.size)
+            for part in grounded
+            if (prediction := predictions[part.id]).bbox is not None
+        ]
         path = entry_path(run.attention_folder, id, "_grounding.png")
         paths.append(run.draw(figures.plot_several, image, objects, path=path))
     return paths
 
 
-def _found(phrase: str, one: Prediction | Instance, image_size: tuple[int, int]) -> Found:
+def _drawn_object(phrase: str, prediction: Prediction | Instance, image_size: tuple[int, int]) -> Found:
     from localization_heads.figures import Found
 
-    assert one.bbox is not None
-    mask = None if one.mask is None else read_mask(one.mask, image_size)
-    return Found(phrase, one.bbox, one.score or 0.0, mask)
+    assert prediction.bbox is not None
+    mask = None if prediction.mask is None else read_mask(prediction.mask, image_size)
+    return Found(phrase, prediction.bbox, prediction.score or 0.0, mask)
 
 
 class _Grounded(NamedTuple):
-    """The outcome of an entry, and its image and grounding if they will be drawn."""
+    """The outcome of an entry, its image and grounding if they will be drawn, and its statistics if they are stored."""
 
     outcome: Outcome
     drawing: tuple[PromptImages, Grounding] | None = None
@@ -215,48 +221,48 @@ def ground_all(
     every_layer: bool = False,
     measure_runs_model: bool = False,
 ) -> tuple[list[Outcome], list[Path]]:
-    """Outcomes in file order, and the figures drawn. What a killed run has finished is read from its log.
+    """The outcomes in file order, and the paths of the figures. Outcomes of an interrupted run are read from its log.
 
     Args:
-        measure: called for each entry while its maps are there.
-        gallery: gives the samples that the report may show a card, made while the maps are there.
-        store: gets the statistics of every head of every sample, as `find` keeps them; needs `every_layer`.
-        every_layer: run the layers above the deepest head as well.
-        measure_runs_model: `measure` asks the model something of its own.
+        measure: called for each entry while its maps are in memory.
+        gallery: chooses the entries that may get a card in the report; cards need the maps.
+        store: receives the statistics of every head on every sample, as from `find`; needs `every_layer`.
+        every_layer: also run the layers above the deepest of the heads.
+        measure_runs_model: whether `measure` runs the model.
     """
     outcomes: dict[str, Outcome] = {}
-    drawn: dict[str, Path] = {}
+    figure_paths: dict[str, Path] = {}
     order = [sample.id for sample in entries.samples]
     contrast = run.options.grounding.contrast
     calibration = run.calibration_for(run.named_heads)
 
     def is_done(sample: Sample) -> bool:
         logged = log.get(entries.result_key(sample, contrast))
-        found = None if logged is None else Outcome.from_json(sample, logged)
-        if found is None or (store is not None and entries.key(sample) not in store):
+        outcome = None if logged is None else Outcome.from_json(sample, logged)
+        if outcome is None or (store is not None and entries.key(sample) not in store):
             return False
-        outcomes[sample.id] = found
+        outcomes[sample.id] = outcome
         return True
 
-    def keep(grounded: Sequence[_Grounded]) -> None:
-        kept = []
-        for found in grounded:
-            sample = found.outcome.sample
+    def save(grounded: Sequence[_Grounded]) -> None:
+        drawn = []
+        for one in grounded:
+            sample = one.outcome.sample
             with entries.skip_on_error(sample):
-                if found.drawing is not None:
-                    drawn[sample.id] = _draw(run, found.outcome, *found.drawing)
-                kept.append(found)
-        analysed = [(one.outcome.sample, one.statistics) for one in kept if one.statistics is not None]
-        if store is not None and analysed:
-            append_statistics(entries, analysed, store)
+                if one.drawing is not None:
+                    figure_paths[sample.id] = _draw(run, one.outcome, *one.drawing)
+                drawn.append(one)
+        statistics = [(one.outcome.sample, one.statistics) for one in drawn if one.statistics is not None]
+        if store is not None and statistics:
+            append_statistics(entries, statistics, store)
         log.append(
-            [(entries.result_key(one.outcome.sample, contrast), one.outcome.to_json()) for one in kept]
+            [(entries.result_key(one.outcome.sample, contrast), one.outcome.to_json()) for one in drawn]
         )
-        outcomes.update({one.outcome.sample.id: one.outcome for one in kept})
+        outcomes.update({one.outcome.sample.id: one.outcome for one in drawn})
 
     last_layer = _last_layer(run, every_layer)
     if not run.uses_workers:  # workers load their own
-        _ = run.segmenter  # one that cannot be had is not every entry's fault
+        _ = run.segmenter  # loaded now: a segmenter that cannot be loaded fails the run, not every entry
     run_over_samples(
         run,
         entries,
@@ -268,21 +274,23 @@ def ground_all(
             heads=run.named_heads,
             calibration=calibration,
             measure=measure,
-            drawn=set(order[: run.num_figures]),
+            draw_ids=set(order[: run.num_figures]),
             gallery=gallery or Gallery(0),
-            analyse=store is not None,
+            with_statistics=store is not None,
         ),
-        save=keep,
+        save=save,
         last_layer=last_layer,
         process_runs_model=measure_runs_model,
-        second_pass=second_look(run, run.named_heads),
+        second_pass=zoom_pass(run, run.named_heads),
         extra_prompts=run.extra_prompts(
             run.named_heads, calibration, every_head=every_layer or measure is not None
         ),
     )
     if not outcomes:
         raise NothingDoneError("no entry could be grounded", entries.sorted_failures())
-    return [outcomes[id] for id in order if id in outcomes], [drawn[id] for id in order if id in drawn]
+    return [outcomes[id] for id in order if id in outcomes], [
+        figure_paths[id] for id in order if id in figure_paths
+    ]
 
 
 def _ground_each(
@@ -293,32 +301,32 @@ def _ground_each(
     heads: Sequence[Head] | None,
     calibration: Calibration | None,
     measure: Measure | None,
-    drawn: Container[str],
+    draw_ids: Container[str],
     gallery: Gallery,
-    analyse: bool,
+    with_statistics: bool,
 ) -> list[_Grounded]:
-    """Every entry of a chunk that can be grounded; without `heads`, each with its own.
+    """Ground the entries of a chunk; without `heads`, each with its own. Entries that cannot be grounded fail.
 
     Args:
-        drawn: ids of the entries whose images are handed on.
-        gallery: which entries get a card. Each worker keeps its own, and the report chooses among them all.
-        analyse: hand on the statistics of all heads, some 0.03 s of work for a model of 1,024 heads.
+        draw_ids: the entries whose images and groundings are returned for drawing.
+        gallery: chooses the entries that get a card. Each worker has its own, and the report chooses among all cards.
+        with_statistics: also compute the statistics of all heads, about 0.03 s for a model of 1,024 heads.
     """
     grounder = run.grounder(heads, calibration)
 
     def ground_one(one: AttendedSample) -> _Grounded:
-        statistics = head_statistics(one.maps.attention, run.options.criteria) if analyse else None
-        if every := run.options.instances == "all":
-            found = grounder.ground_all(one.maps, one.image, statistics)
+        statistics = head_statistics(one.maps.attention, run.options.criteria) if with_statistics else None
+        if all_instances := run.options.instances == "all":
+            groundings = grounder.ground_all(one.maps, one.image, statistics)
         else:
-            found = [grounder.ground(one.maps, one.image, statistics, one.zoomed_box)]
-        grounding = found[0]
-        outcome = Outcome.of(one.sample, grounding, found if every else None)
-        measured = measure(run, one, found) if measure else {}
-        place = grounding.image_index
-        card = offer_card(gallery, outcome, one.maps.at(place), grounding, lambda: image_at(one.image, place))
-        # Without the mask, a byte a pixel, which the outcome has as run lengths.
-        drawing = (one.image, _without_masks(grounding)) if one.sample.id in drawn else None
+            groundings = [grounder.ground(one.maps, one.image, statistics, one.zoomed_box)]
+        grounding = groundings[0]
+        outcome = Outcome.of(one.sample, grounding, groundings if all_instances else None)
+        measured = measure(run, one, groundings) if measure else {}
+        index = grounding.image_index
+        card = offer_card(gallery, outcome, one.maps.at(index), grounding, lambda: image_at(one.image, index))
+        # Without the mask, which takes a byte per pixel and is in the outcome as run lengths.
+        drawing = (one.image, _without_masks(grounding)) if one.sample.id in draw_ids else None
         return _Grounded(replace(outcome, measured=measured, card=card), drawing, statistics)
 
     grounded = []
@@ -328,8 +336,8 @@ def _ground_each(
     return grounded
 
 
-def settings(run: Run) -> dict[str, Any]:
-    """All that a box and its confidence depend on besides its sample."""
+def grounding_settings(run: Run) -> dict[str, Any]:
+    """Everything that a box and its confidence depend on besides the sample; part of the key of logged results."""
     options = run.options
     calibration = run.calibration_for(run.named_heads)
     return {
@@ -345,7 +353,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def _last_layer(run: Run, every_layer: bool) -> int | None:
-    """The deepest layer to run: that of the heads, if they are fixed and not every layer is wanted."""
+    """The deepest layer to run: that of the fixed heads; None runs all layers."""
     run.check_named_heads()
     heads = run.named_heads
     if every_layer or not heads:
@@ -355,34 +363,42 @@ def _last_layer(run: Run, every_layer: bool) -> int | None:
 
 
 def _with_mask(grounding: Grounding, mask: Mapping[str, Any] | None) -> Grounding:
-    """The grounding with its segmenter's mask, from the run lengths of its prediction."""
+    """The grounding with its segmenter's mask, decoded from the run lengths of its prediction."""
     if grounding.mask_from == "map" or mask is None:
         return grounding
     return replace(grounding, refined=read_mask(mask, grounding.image_size))
 
 
 def _without_masks(grounding: Grounding) -> Grounding:
-    each = tuple(replace(one, refined=None) for one in grounding.each)
+    each = tuple(replace(part, refined=None) for part in grounding.each)
     return replace(grounding, refined=None, each=each)
 
 
-def _draw(run: Run, outcome: Outcome, shown: PromptImages, grounding: Grounding) -> Path:
+def _draw(run: Run, outcome: Outcome, images: PromptImages, grounding: Grounding) -> Path:
     from localization_heads import figures
 
     sample, mask = outcome.sample, outcome.prediction.mask
     grounding = _with_mask(grounding, mask)
     path = entry_path(run.attention_folder, sample.id, "_grounding.png")
     if grounding.each:
-        found = [share.found for share in outcome.prediction.images]
-        masks = [None if one is None else one.mask for one in found]
-        each = [_with_mask(one, mask) for one, mask in zip(grounding.each, masks, strict=True)]
+        predictions = [share.found for share in outcome.prediction.images]
+        masks = [None if prediction is None else prediction.mask for prediction in predictions]
+        each = [_with_mask(part, mask) for part, mask in zip(grounding.each, masks, strict=True)]
         return run.draw(
-            figures.plot_together, images_of(shown), each, path=path, expression=sample.expression
+            figures.plot_together, images_of(images), each, path=path, expression=sample.expression
         )
-    image = image_at(shown, None)
-    named: dict[str, Any] = {"truth": sample.bbox, "expression": sample.expression}
-    if outcome.prediction.boxes:
-        objects = [_found(sample.expression, one, image.size) for one in outcome.prediction.boxes]
-        named = {"truths": sample.true_boxes, "expression": sample.expression}
-        return run.draw(figures.plot_instances, image, grounding, objects, path=path, **named)
-    return run.draw(figures.plot_grounding, image, grounding, path=path, **named)
+    image, expression = image_at(images, None), sample.expression
+    if instances := outcome.prediction.boxes:
+        objects = [_drawn_object(expression, instance, image.size) for instance in instances]
+        return run.draw(
+            figures.plot_instances,
+            image,
+            grounding,
+            objects,
+            path=path,
+            truths=sample.true_boxes,
+            expression=expression,
+        )
+    return run.draw(
+        figures.plot_grounding, image, grounding, path=path, truth=sample.bbox, expression=expression
+    )

@@ -1,6 +1,7 @@
-"""`heads_by=mass|iou|pointing|vrh`: heads ranked by how well they look at true objects; how many labels it takes.
+"""`heads_by=mass|iou|pointing|vrh`: heads ranked by how well they localise labelled objects.
 
-The label-free statistics of `find` are kept on the way, so that both rankings can be compared and mixed.
+The label-free statistics of `find` are stored in the same pass, so that both rankings can be compared and mixed. A
+curve shows how the ranking improves with the number of labels.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from localization_heads.lvlm.extra_prompts import (
 from localization_heads.lvlm.native_box import with_box_span
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries, require_truth
-from localization_heads.stages.evaluate import truths, with_box
+from localization_heads.stages.evaluate import complete_box, truth_digest
 from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.ranking import back_up_heads_file
@@ -56,131 +57,140 @@ from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import StatisticsStore, StoreHeader, find_stores
 
-OF_THE_MAP = {"mass": "<f4", "iou": "<f4", "pointing": "<f4"}
-OF_THE_BOX = {"vrh": "<f4"}
-"""The columns of the stores of scores: those that the query token's map gives, and that of the generated box."""
+MAP_SCORES = {"mass": "<f4", "iou": "<f4", "pointing": "<f4"}
+"""The columns of a store of scores from the query token's map."""
+BOX_SCORES = {"vrh": "<f4"}
+"""The column of a store of scores from the tokens of the generated box."""
 
 
-class Labelled(NamedTuple):
-    """The result, the curve, and the same curve without shrinkage where there is some."""
+class LabelRanking(NamedTuple):
+    """The ranking by labels with its files (`result`), and what it is compared with.
+
+    Attributes:
+        curve: the quality of the ranking by the number of labels.
+        unshrunk_curve: the same without shrinkage; None if the recipe has none.
+        label_free: the label-free ranking of the same entries.
+    """
 
     result: Result
     curve: Curve
-    plain: Curve | None
+    unshrunk_curve: Curve | None
     recipe: LabelRecipe
-    free: HeadRanking
+    label_free: HeadRanking
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _ScoredSample:
     sample: Sample
     statistics: HeadStatistics
     sensitivity: SensitivityStatistics | None
     scores: Mapping[str, NDArray[np.float32]]
 
 
-def find_by_labels(run: Run) -> Labelled:
+def find_by_labels(run: Run) -> LabelRanking:
     """Rank the heads by labels -> heads.json, heads.csv, labels.json and figures."""
-    entries = _labelled(run)
+    entries = _select_labelled(run)
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         form = with_box_span(run.lvlm).box_format if run.options.heads_by == "vrh" else None
         store = open_ranking_statistics(run, entries)
-        scores = _scores_of(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
-        _collect(run, entries, store, scores, form)
+        scores = _scores_header(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
+        _collect_scores(run, entries, store, scores, form)
         failed = {failure.line: failure.reason for failure in entries.failures}
         scores.note_failures(
-            {_key(entries, one): failed[one.line] for one in entries.samples if one.line in failed}
+            {_score_key(entries, one): failed[one.line] for one in entries.samples if one.line in failed}
         )
-        found = _ranked(run, entries, store, scores)
-        paths = [*found.result.paths, *Reporter(run, found.result.ranking).write(entries, store=store)]
-        return found._replace(result=replace(found.result, paths=paths))
+        ranked = _rank(run, entries, store, scores)
+        report_paths = Reporter(run, ranked.result.ranking).write(entries, store=store)
+        paths = [*ranked.result.paths, *report_paths]
+        return ranked._replace(result=replace(ranked.result, paths=paths))
 
 
-def rank_by_kept_labels(run: Run) -> Labelled:
+def rank_by_stored_labels(run: Run) -> LabelRanking:
     """The ranking of `find_by_labels` from the statistics and scores on disk, without the model."""
-    by, entries, record = run.options.heads_by, _labelled(run), find_stored_statistics(run)
+    by, entries, record = run.options.heads_by, _select_labelled(run), find_stored_statistics(run)
     check_criteria(run.options.criteria, record.num_layers)
     entries.with_sensitivity = record.has_sensitivity
     form = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
-    wanted = _scores_of(run, record.settings, form, record.num_layers, record.num_heads)
-    there = (
-        one.settings == wanted.settings and one.columns == wanted.columns
-        for one in find_stores(wanted.folder)
+    header = _scores_header(run, record.settings, form, record.num_layers, record.num_heads)
+    exists = any(
+        stored.settings == header.settings and stored.columns == header.columns
+        for stored in find_stores(header.folder)
     )
-    if (by == "vrh" and form is None) or not any(there):
+    if (by == "vrh" and form is None) or not exists:
         raise UsageError(
-            f"stage=rank heads_by={by}: no such scores of these options in {wanted.folder}: run stage=find with them "
+            f"stage=rank heads_by={by}: no such scores of these options in {header.folder}: run stage=find with them "
             "first"
         )
     with RunLock(run.folder):
-        store, scores = record.open(), wanted.open()
+        store, scores = record.open(), header.open()
         missing = [
-            one
-            for one in entries.samples
-            if entries.stored_statistics_key(one, store) not in store or _key(entries, one) not in scores
+            sample
+            for sample in entries.samples
+            if entries.stored_statistics_key(sample, store) not in store
+            or _score_key(entries, sample) not in scores
         ]
-        known = scores.failures()
+        stored_failures = scores.failures()
         for sample in missing:
-            if (reason := known.get(_key(entries, sample))) is None:
+            if (reason := stored_failures.get(_score_key(entries, sample))) is None:
                 raise WorkError(
                     f"{len(missing)} of the {len(entries.samples)} entries have no scores on disk (the first: line "
                     f"{sample.line}, {sample.id}): run stage=find with the same options, which does only those"
                 )
             entries.fail(sample, reason)
-        return _ranked(run, entries, store, scores)
+        return _rank(run, entries, store, scores)
 
 
-def _labelled(run: Run) -> Entries:
-    """The entries with truth that are used, `num_labels` of them at least."""
-    by = run.options.heads_by
-    what = f"heads_by={by} (heads_by=criteria needs no truth)"
-    entries = _pool(run, require_truth(load_entries(run), what, with_box))
-    wanted = run.options.num_labels
-    if wanted is not None and wanted > len(entries.samples):
-        raise UsageError(_too_few(wanted, len(entries.samples), run))
+def _select_labelled(run: Run) -> Entries:
+    """The entries with ground truth to use; raises UsageError if there are fewer than `num_labels`."""
+    purpose = f"heads_by={run.options.heads_by} (heads_by=criteria needs no truth)"
+    entries = _draw_entries(run, require_truth(load_entries(run), purpose, complete_box))
+    _check_num_labels(run, len(entries.samples))
     return entries
 
 
-def _too_few(wanted: int, there: int, run: Run) -> str:
-    few = f"num_samples={run.options.num_samples} allows" if there == run.options.num_samples else "there are"
-    return (
-        f"num_labels={wanted}: {few} only {there} entries with a true box or mask that can be used; write "
-        f"num_labels={there} or fewer, or null for all"
+def _check_num_labels(run: Run, num_usable: int) -> None:
+    num_labels, num_samples = run.options.num_labels, run.options.num_samples
+    if num_labels is None or num_labels <= num_usable:
+        return
+    limit = f"num_samples={num_samples} allows" if num_usable == num_samples else "there are"
+    raise UsageError(
+        f"num_labels={num_labels}: {limit} only {num_usable} entries with a true box or mask that can be used; write "
+        f"num_labels={num_usable} or fewer, or null for all"
     )
 
 
-def _pool(run: Run, entries: Entries) -> Entries:
-    """At most `num_samples` entries, drawn by `random_seed`, in file order."""
+def _draw_entries(run: Run, entries: Entries) -> Entries:
+    """At most `num_samples` entries, drawn with `random_seed`, in file order."""
     draw = random_draws(len(entries.samples), 1, run.options.num_samples, run.options.random_seed)[0]
-    return Entries([entries.samples[place] for place in np.flatnonzero(draw)], entries.failures)
+    return Entries([entries.samples[index] for index in np.flatnonzero(draw)], entries.failures)
 
 
-def _scores_of(
+def _scores_header(
     run: Run, settings: Mapping[str, Any], form: BoxFormat | None, num_layers: int, num_heads: int
 ) -> StoreHeader:
-    """Where the scores by these labels are; those of a sample have its truth in their key.
+    """The header of the store of scores. The ground truth is not part of it, but of each sample's key.
 
     Args:
-        settings: of the statistics of the same maps.
+        settings: those of the statistics of the same maps.
     """
-    asked = None if form is None else [form.prompt, form.pattern, form.max_new_tokens]
+    native_box = None if form is None else [form.prompt, form.pattern, form.max_new_tokens]
     of_model = {name: value for name, value in settings.items() if name != "asked"}
-    columns = OF_THE_MAP if form is None else OF_THE_BOX
+    columns = MAP_SCORES if form is None else BOX_SCORES
     return StoreHeader(
-        run.folder / "labels", {**of_model, "native_box": asked}, num_layers, num_heads, 0.0, columns
+        run.folder / "labels", {**of_model, "native_box": native_box}, num_layers, num_heads, 0.0, columns
     )
 
 
-def _key(entries: Entries, sample: Sample) -> bytes:
-    """16 bytes that change with the sample and its truth."""
-    return hashlib.blake2b(entries.key(sample) + truths([sample]).encode(), digest_size=16).digest()
+def _score_key(entries: Entries, sample: Sample) -> bytes:
+    """A key of 16 bytes for the sample and its ground truth."""
+    return hashlib.blake2b(entries.key(sample) + truth_digest([sample]).encode(), digest_size=16).digest()
 
 
-def _collect(
+def _collect_scores(
     run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore, form: BoxFormat | None
 ) -> None:
-    """Run the model over the entries whose statistics or scores are not there yet."""
+    """Run the model over the entries whose statistics or scores are missing."""
     criteria = run.options.criteria
     mirrored = choose_mirrored_samples(entries.samples, criteria)
 
@@ -189,35 +199,35 @@ def _collect(
             return entries.statistics_key(sample, mirrored=True)
         return entries.stored_statistics_key(sample, store)
 
-    def keep(found: Sequence[_Scored]) -> None:
+    def save(scored: Sequence[_ScoredSample]) -> None:
         append_statistics(
             entries,
-            [(one.sample, one.statistics) for one in found],
+            [(one.sample, one.statistics) for one in scored],
             store,
-            [statistics_key(one.sample) for one in found],
-            [one.sensitivity for one in found if one.sensitivity],
+            [statistics_key(one.sample) for one in scored],
+            [one.sensitivity for one in scored if one.sensitivity],
         )
-        keys = [_key(entries, one.sample) for one in found]
-        scores.append(keys, *(np.stack([one.scores[name] for one in found]) for name in scores.columns))
+        keys = [_score_key(entries, one.sample) for one in scored]
+        scores.append(keys, *(np.stack([one.scores[name] for one in scored]) for name in scores.columns))
 
     run_over_samples(
         run,
         entries,
         entries.samples,
         "find",
-        is_done=lambda sample: statistics_key(sample) in store and _key(entries, sample) in scores,
-        process=partial(_score, form=form),
-        save=keep,
+        is_done=lambda sample: statistics_key(sample) in store and _score_key(entries, sample) in scores,
+        process=partial(_score_chunk, form=form),
+        save=save,
         process_runs_model=form is not None,
         second_pass=mirrored_pass(mirrored),
         extra_prompts=sensitivity_prompts(criteria),
     )
 
 
-def _score(
+def _score_chunk(
     run: Run, entries: Entries, attended: Sequence[AttendedSample], *, form: BoxFormat | None
-) -> list[_Scored]:
-    found = []
+) -> list[_ScoredSample]:
+    scored = []
     for one in attended:
         with entries.skip_on_error(one.sample):
             truth = truth_of(one.sample, one.single_image.size)
@@ -232,46 +242,48 @@ def _score(
                 if measures_sensitivity(run.options.criteria)
                 else None
             )
-            found.append(_Scored(one.sample, statistics, sensitivity, scores))
-    return found
+            scored.append(_ScoredSample(one.sample, statistics, sensitivity, scores))
+    return scored
 
 
-def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore) -> Labelled:
-    """The ranking of all entries that could be used, with its files."""
+def _rank(run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore) -> LabelRanking:
+    """Rank the heads on all usable entries, and write the files of the ranking."""
     options, samples = run.options, entries.usable
     if not samples:
         raise NothingDoneError("no entry could be used", entries.sorted_failures())
-    if options.num_labels is not None and options.num_labels > len(samples):
-        raise UsageError(_too_few(options.num_labels, len(samples), run))
-    recipe = recipe_of(run)
+    _check_num_labels(run, len(samples))
+    recipe = _label_recipe(run)
     rows = store.rows([entries.stored_statistics_key(sample, store) for sample in samples])
-    free = run.rank_heads(rows, store.settings["weights"][0])
+    label_free = run.rank_heads(rows, store.settings["weights"][0])
     shape = store.num_layers, store.num_heads
-    free = add_stored_sensitivity(free, rows, np.ones((1, len(samples)), np.int64), shape)
-    columns = scores.views([_key(entries, sample) for sample in samples])
+    label_free = add_stored_sensitivity(label_free, rows, np.ones((1, len(samples)), np.int64), shape)
+    columns = scores.views([_score_key(entries, sample) for sample in samples])
     by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
     draw = recipe.drawn(len(samples))[0]
-    # What is mixed in was found on all of them, without their labels.
+    # The images that the heads have seen: the drawn ones or, as shrinkage mixes in the label-free ranking, all.
     images = image_keys(samples)
-    used = {key for key, held in zip(images, draw, strict=True) if key and (held or recipe.shrink != "none")}
+    seen = {
+        key for key, drawn in zip(images, draw, strict=True) if key and (drawn or recipe.shrink != "none")
+    }
     ranking = replace(
-        rank_by_labels(by, free, recipe),
-        pictures=tuple(sorted(used)),
+        rank_by_labels(by, label_free, recipe),
+        pictures=tuple(sorted(seen)),
         found_with=found_with(
             prompt_conditions(store.settings, of_box=recipe.by == "vrh"),
             options.criteria,
             recipe.named(int(draw.sum())),
         ),
     )
-    pictures = [key or sample.id for key, sample in zip(images, samples, strict=True)]
-    curve = quality_curve(by, quality, free, recipe, pictures)
-    bare = replace(recipe, shrink="none")
-    plain = None if recipe == bare else quality_curve(by, quality, free, bare, pictures)
-    found = Labelled(Result([], entries.sorted_failures(), ranking=ranking), curve, plain, recipe, free)
-    return found._replace(result=replace(found.result, paths=_save(run, found)))
+    groups = [key or sample.id for key, sample in zip(images, samples, strict=True)]
+    curve = quality_curve(by, quality, label_free, recipe, groups)
+    unshrunk = replace(recipe, shrink="none")
+    unshrunk_curve = None if recipe == unshrunk else quality_curve(by, quality, label_free, unshrunk, groups)
+    result = Result([], entries.sorted_failures(), ranking=ranking)
+    ranked = LabelRanking(result, curve, unshrunk_curve, recipe, label_free)
+    return ranked._replace(result=replace(result, paths=_save(run, ranked)))
 
 
-def recipe_of(run: Run) -> LabelRecipe:
+def _label_recipe(run: Run) -> LabelRecipe:
     options = run.options
     return LabelRecipe(
         by=options.heads_by,
@@ -291,52 +303,54 @@ QUALITY = {
 }
 
 
-def curve_json(curve: Curve) -> dict[str, Any]:
-    """Plain values, to six decimals."""
+def _curve_json(curve: Curve) -> dict[str, Any]:
+    """JSON values, rounded to six decimals."""
     return {
         "counts": curve.counts,
-        "mean": [round(float(np.mean(one)), 6) for one in curve.quality],
-        "std": [round(float(np.std(one)), 6) for one in curve.quality],
-        "draws": [[round(value, 6) for value in one] for one in curve.quality],
+        "mean": [round(float(np.mean(values)), 6) for values in curve.quality],
+        "std": [round(float(np.std(values)), 6) for values in curve.quality],
+        "draws": [[round(value, 6) for value in values] for values in curve.quality],
         "same_heads": [round(value, 6) for value in curve.stable],
     }
 
 
-def _save(run: Run, found: Labelled) -> list[Path]:
-    """heads.json, heads.csv, labels.json and the figures."""
+def _save(run: Run, ranked: LabelRanking) -> list[Path]:
+    """Write heads.json, heads.csv, labels.json and the figures; returns their paths."""
     from localization_heads import figures
 
-    ranking, recipe, curve = found.result.ranking, found.recipe, found.curve
+    ranking, recipe, curve = ranked.result.ranking, ranked.recipe, ranked.curve
     assert ranking is not None
     k, measure = recipe.k, "vrh" if recipe.by == "vrh" else "mass"
-    written = {
+    labels = {
         "version": 1,
         "model": ranking.model,
         "heads_by": recipe.by,
         "num_labels": ranking.num_samples,
-        "num_entries": found.free.num_samples,
+        "num_entries": ranked.label_free.num_samples,
         "num_trials": recipe.num_trials,
         "shrink": recipe.shrink,
         "n0": None if recipe.shrink == "none" else recipe.n0,
         "heads": [list(head) for head in ranking.top(k)],
-        "label_free_heads": [list(head.address) for head in found.free.kept[:k]],
+        "label_free_heads": [list(head.address) for head in ranked.label_free.kept[:k]],
         "quality": QUALITY[measure].format(k=k),
-        "curve": curve_json(curve),
-        "curve_without_shrinkage": None if found.plain is None else curve_json(found.plain),
+        "curve": _curve_json(curve),
+        "curve_without_shrinkage": ranked.unshrunk_curve and _curve_json(ranked.unshrunk_curve),
         "label_free": round(curve.free, 6),
         "all_heads": round(curve.every, 6),
         "all_labels": round(curve.best, 6),
     }
     back_up_heads_file(run, ranking)
     paths = [*save_ranking(ranking, run.folder), run.folder / "labels.json"]
-    write_json(paths[-1], written)
-    score = np.zeros(tuple(1 + np.max([head.address for head in ranking.heads], axis=0)))
+    write_json(paths[-1], labels)
+    scores = np.zeros(tuple(1 + np.max([head.address for head in ranking.heads], axis=0)))
     for head in ranking.kept:
-        score[head.address] = head.score or 0.0
-    grid, drawn = run.folder / "head_grid.png", run.folder / "labels.png"
-    named: dict[str, Any] = {"top": ranking.top(k), "exclude_layers": ranking.exclude_layers}
+        scores[head.address] = head.score or 0.0
+    grid_path, curve_path = run.folder / "head_grid.png", run.folder / "labels.png"
+    marks: dict[str, Any] = {"top": ranking.top(k), "exclude_layers": ranking.exclude_layers}
     paths.append(
-        run.draw(figures.plot_head_grid, score, path=grid, label=f"Score by labels ({recipe.by})", **named)
+        run.draw(
+            figures.plot_head_grid, scores, path=grid_path, label=f"Score by labels ({recipe.by})", **marks
+        )
     )
-    paths.append(run.draw(figures.plot_label_curve, written, path=drawn))
+    paths.append(run.draw(figures.plot_label_curve, labels, path=curve_path))
     return paths

@@ -1,8 +1,8 @@
 """`stage=rank attention_files=`: heads ranked over attention files on disk, of this tool or of the published code.
 
-One file is in memory at a time. The statistics go into a hidden folder, from which a run that was killed goes on, and
-which is removed at the end; files of one image whose queries differ are read a second time for their sensitivity.
-Neither the model nor torch is needed.
+Neither the model nor torch is needed, and one file is in memory at a time. The statistics are stored in a hidden
+folder, from which an interrupted run resumes and which is removed at the end. Files of one image with different queries
+are read a second time to measure the sensitivity.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -47,12 +47,12 @@ from localization_heads.store.statistics import KEY_BYTES, SENSITIVITY_COLUMNS, 
 
 log = logging.getLogger(__name__)
 
-ENDINGS = (".pkl", ".pkl.gz", ".safetensors")
-MOST_FILES = 1_000_000
+SUFFIXES = (".pkl", ".pkl.gz", ".safetensors")
+MAX_FILES = 1_000_000
 
 
-class _Facts(NamedTuple):
-    """What is remembered of a file besides its statistics; as JSON a list."""
+class _FileFacts(NamedTuple):
+    """The metadata of an attention file, logged as a JSON list so that the file need not be read again."""
 
     shape: tuple[int, int]
     grid: tuple[int, int]
@@ -63,24 +63,30 @@ class _Facts(NamedTuple):
     asked: Mapping[str, str | None]
 
     @classmethod
-    def of(cls, maps: AttentionMaps) -> _Facts:
+    def from_maps(cls, maps: AttentionMaps) -> _FileFacts:
         shape = maps.num_layers, maps.num_heads
         return cls(
             shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model, maps.asked or {}
         )
 
     @classmethod
-    def logged(cls, found: Mapping[str, Any] | None) -> _Facts | None:
-        if found is None:
+    def from_log(cls, entry: Mapping[str, Any] | None) -> _FileFacts | None:
+        if entry is None:
             return None
-        shape, grid, size, *texts = found["facts"]
+        shape, grid, size, *texts = entry["facts"]
         return cls(tuple(shape), tuple(grid), tuple(size), *texts)
 
 
-class _Read(NamedTuple):
-    """A file: its place in the list, its key in the store, and what its maps are of."""
+class _File(NamedTuple):
+    """An attention file that was read.
 
-    place: int
+    Attributes:
+        position: in the list of all files.
+        key: of its statistics in the store.
+        image: identity of its image: equal for files of one image.
+    """
+
+    position: int
     path: Path
     key: bytes
     image: tuple[object, ...]
@@ -88,54 +94,59 @@ class _Read(NamedTuple):
 
 
 @dataclass
-class _Pile:
-    """The files read so far, and the one that the others have to agree with; `asked` is empty where they differ."""
+class _Collection:
+    """The files read so far, all of one model.
+
+    Attributes:
+        shape: `(layers, heads)` of every file, None before the first one, `shape_from`.
+        model: the model that the files name; empty before `model_from`, the first file that names one.
+        asked: how the model was asked (`LVLM.asked`); None before the first file, empty if the files differ.
+    """
 
     shape: tuple[int, int] | None = None
-    first: Path | None = None
+    shape_from: Path | None = None
     model: str = ""
-    named_by: Path | None = None
+    model_from: Path | None = None
     asked: Mapping[str, str | None] | None = None
-    read: list[_Read] = field(default_factory=list)
+    files: list[_File] = field(default_factory=list)
     failures: list[BadEntry] = field(default_factory=list)
 
-    def agree(self, path: Path, facts: _Facts) -> None:
-        """UsageError where the file is of another model, or its heads are others."""
+    def check_same_model(self, path: Path, facts: _FileFacts) -> None:
+        """Raise UsageError if the file names another model than the files before it, or has another shape."""
         if self.shape is None:
-            self.shape, self.first = facts.shape, path
+            self.shape, self.shape_from = facts.shape, path
         if facts.shape != self.shape:
             raise UsageError(
-                f"attention_files: {path} has {facts.shape[0]} layers of {facts.shape[1]} heads, and {self.first} has "
-                f"{self.shape[0]} of {self.shape[1]}: rank the files of one model at a time"
+                f"attention_files: {path} has {facts.shape[0]} layers of {facts.shape[1]} heads, and "
+                f"{self.shape_from} has {self.shape[0]} of {self.shape[1]}: rank the files of one model at a time"
             )
         self.asked = facts.asked if self.asked in (None, facts.asked) else {}
         if facts.model and not self.model:
-            self.model, self.named_by = facts.model, path
+            self.model, self.model_from = facts.model, path
         if facts.model and facts.model != self.model:
             raise UsageError(
-                f"attention_files: {path} is of {printable(facts.model, 80)}, and {self.named_by} of "
+                f"attention_files: {path} is of {printable(facts.model, 80)}, and {self.model_from} of "
                 f"{printable(self.model, 80)}: rank the files of one model at a time"
             )
 
 
 def rank_files(run: Run) -> Result:
-    """The ranking over the files that `attention_files` names -> heads.json, heads.csv and their figures.
+    """Rank the heads over the files that `attention_files` names -> heads.json, heads.csv and their figures.
 
     Raises:
-        UsageError: no file there, files of different models, or `criteria=robust` without two files of one image.
+        UsageError: no attention file there, files of different models, or `criteria=robust` without two files of one
+            image.
         NothingDoneError: none of the files can be read.
     """
     if run.options.heads_by != "criteria":
         raise UsageError(
             f"heads_by={run.options.heads_by}: attention files hold no truth; leave out one of the two"
         )
-    files = attention_files(str(run.options.attention_files))
+    files = list_attention_files(str(run.options.attention_files))
     writable_folder(run.options.output_dir)
-    measured = as_measured(run.options.criteria)
-    kept = json.dumps(
-        [str(local_path(str(run.options.attention_files)).absolute()), measured], sort_keys=True
-    )
-    folder = Path(run.options.output_dir) / f".rank-{hashlib.sha256(kept.encode()).hexdigest()[:16]}"
+    source = str(local_path(str(run.options.attention_files)).absolute())
+    inputs = json.dumps([source, as_measured(run.options.criteria)], sort_keys=True)
+    folder = Path(run.options.output_dir) / f".rank-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     with RunLock(folder):
         try:
             result = _rank(run, files, folder)
@@ -147,178 +158,185 @@ def rank_files(run: Run) -> Result:
 
 
 def _rank(run: Run, files: Sequence[Path], folder: Path) -> Result:
-    pile, criteria = _Pile(), run.options.criteria
-    store = _collect(files, pile, criteria, folder)
-    if store is None or pile.shape is None:
-        raise NothingDoneError("no attention file could be used", pile.failures)
-    run = _of_model(run, pile)
-    check_criteria(criteria, pile.shape[0])
+    collection, criteria = _Collection(), run.options.criteria
+    store = _collect_statistics(files, collection, criteria, folder)
+    if store is None or collection.shape is None:
+        raise NothingDoneError("no attention file could be used", collection.failures)
+    run = _with_model_of(run, collection)
+    check_criteria(criteria, collection.shape[0])
     draws = random_draws(len(files), run.options.num_trials, run.options.num_samples, run.options.random_seed)
-    drawn = draws.sum(axis=0)
-    pile.read = [one for one in pile.read if drawn[one.place]]
-    if not pile.read:
-        raise NothingDoneError("no attention file that was drawn could be used", pile.failures)
-    rows = store.rows([one.key for one in pile.read])
-    ranking = run.rank_heads(rows, run.spec.name, draws[:, [one.place for one in pile.read]])
-    ranking = add_sensitivity(ranking, _mean_sensitivity(pile, drawn, criteria, folder))
+    times_drawn = draws.sum(axis=0)
+    collection.files = [file for file in collection.files if times_drawn[file.position]]
+    if not collection.files:
+        raise NothingDoneError("no attention file that was drawn could be used", collection.failures)
+    rows = store.rows([file.key for file in collection.files])
+    ranking = run.rank_heads(rows, run.spec.name, draws[:, [file.position for file in collection.files]])
+    ranking = add_sensitivity(ranking, _mean_sensitivity(collection, times_drawn, criteria, folder))
     writable_folder(run.folder)
     with RunLock(run.folder):
-        ranking = _described(ranking, pile)
+        ranking = _add_provenance(ranking, collection)
         warn_of_disagreement(ranking, run.options.k)
         if not ranking.kept:
             log.warning("%s: heads.json lists none to ground with", NONE_KEPT)
-        return Result(save_ranking_files(run, ranking), pile.failures, ranking=ranking)
+        return Result(save_ranking_files(run, ranking), collection.failures, ranking=ranking)
 
 
-def attention_files(named: str) -> list[Path]:
-    """The attention files of a folder, or of its folder `attention`, or those that a pattern means; by name.
+def list_attention_files(source: str) -> list[Path]:
+    """The attention files in a folder and in its subfolder `attention`, or those that match a pattern, sorted by path.
 
-    What lies beside an attention file (analysis, metadata) is passed over. UsageError where there is none.
+    Files next to an attention file (its analysis, its metadata) are ignored.
+
+    Raises:
+        UsageError: there are none, or too many.
     """
-    path = local_path(named)
-    places = [path, path / "attention"] if path.is_dir() else []
-    if places:
-        found = (file for place in places if place.is_dir() for file in place.iterdir())
+    path = local_path(source)
+    if path.is_dir():
+        folders = [folder for folder in (path, path / "attention") if folder.is_dir()]
+        candidates = (file for folder in folders for file in folder.iterdir())
     else:
-        found = (Path(file) for file in glob.iglob(str(path), recursive=True))  # noqa: PTH207  (absolute ones too)
+        # `Path.glob` does not take absolute patterns.
+        candidates = (Path(file) for file in glob.iglob(str(path), recursive=True))  # noqa: PTH207
     try:
-        files = sorted(set(islice(filter(_is_attention, found), MOST_FILES + 1)))
+        files = sorted(set(islice(filter(_is_attention_file, candidates), MAX_FILES + 1)))
     except OSError as error:
-        raise UsageError(f"attention_files={named}: {error.strerror or error}") from error
+        raise UsageError(f"attention_files={source}: {error.strerror or error}") from error
     if not files:
         raise UsageError(
-            f"attention_files={named}: no attention file there; give a folder of .pkl, .pkl.gz or .safetensors "
+            f"attention_files={source}: no attention file there; give a folder of .pkl, .pkl.gz or .safetensors "
             "files, or a pattern such as runs/*.pkl"
         )
-    if len(files) > MOST_FILES:
-        raise UsageError(f"attention_files={named}: more than {MOST_FILES:,} files; rank a part of them")
+    if len(files) > MAX_FILES:
+        raise UsageError(f"attention_files={source}: more than {MAX_FILES:,} files; rank a part of them")
     return files
 
 
-def _is_attention(file: Path) -> bool:
+def _is_attention_file(file: Path) -> bool:
     return (
-        file.name.endswith(ENDINGS)
+        file.name.endswith(SUFFIXES)
         and not file.name.startswith(".")
         and not attention_stem(file).endswith(SIDE_SUFFIXES)
         and file.is_file()
     )
 
 
-def _collect(
-    files: Sequence[Path], pile: _Pile, criteria: CriteriaOptions, folder: Path
+def _collect_statistics(
+    files: Sequence[Path], collection: _Collection, criteria: CriteriaOptions, folder: Path
 ) -> StatisticsStore | None:
-    """The statistics of every file that can be read; the others are put aside. None if none can.
+    """Store the statistics of every readable file, and add the files to the collection; None if none can be read.
 
-    What a file's maps are of is logged after its statistics: of a file in the log, these are there.
+    A file is logged after its statistics are stored, so the statistics of every logged file are there.
     """
     store: StatisticsStore | None = None
-    logged = ResultLog(folder, "files", {})
-    for place, path in enumerate(tqdm(files, desc="rank", unit="file", disable=None)):
+    file_log = ResultLog(folder, "files", {})
+    for index, path in enumerate(tqdm(files, desc="rank", unit="file", disable=None)):
         key, maps = sample_key("", path), None
-        facts = _Facts.logged(logged.get(key))
+        facts = _FileFacts.from_log(file_log.get(key))
         if facts is None or (store is not None and key not in store):
             try:
                 maps = load_attention(path)
             except UsageError as error:
-                pile.failures.append(BadEntry(0, path.name, " ".join(str(error).split())))
+                collection.failures.append(BadEntry(0, path.name, " ".join(str(error).split())))
                 continue
-            facts = _Facts.of(maps)
-        pile.agree(path, facts)
+            facts = _FileFacts.from_maps(maps)
+        collection.check_same_model(path, facts)
         if store is None:
             store = StatisticsStore(folder, settings={}, num_layers=facts.shape[0], num_heads=facts.shape[1])
         if maps is not None:
-            found = head_statistics(maps.attention, criteria)
-            columns = found.attention_sum, found.area_entropy, found.mass_entropy, found.bottom_row_focus
-            store.append([key], *(column[None] for column in columns))
-            logged.append([(key, {"facts": list(facts)})])
-        image = (facts.image_file, facts.image_size, facts.grid) if facts.image_file else (place,)
-        pile.read.append(_Read(place, path, key, image, facts.query))
+            statistics = head_statistics(maps.attention, criteria)
+            store.append(
+                [key],
+                statistics.attention_sum[None],
+                statistics.area_entropy[None],
+                statistics.mass_entropy[None],
+                statistics.bottom_row_focus[None],
+            )
+            file_log.append([(key, {"facts": list(facts)})])
+        image = (facts.image_file, facts.image_size, facts.grid) if facts.image_file else (index,)
+        collection.files.append(_File(index, path, key, image, facts.query))
     return store
 
 
-def _of_model(run: Run, pile: _Pile) -> Run:
-    """The run under the name of the model that the files are of, whose folder its heads.json goes into."""
-    named = run.overrides is None or run.is_given("model", "model.name", "model.label")
-    if not pile.model:
-        if not named:
+def _with_model_of(run: Run, collection: _Collection) -> Run:
+    """The run with the model of the files, into whose folder heads.json goes."""
+    model_given = run.overrides is None or run.is_given("model", "model.name", "model.label")
+    if not collection.model:
+        if not model_given:
             raise UsageError(
                 "attention_files: these files do not say which model they are of; name it, as in model=llava"
             )
         return run
-    if pile.model == run.spec.name:
+    if collection.model == run.spec.name:
         return run
-    if named and run.spec.name != EMBEDDED:
+    if model_given and run.spec.name != EMBEDDED:
         raise UsageError(
-            f"attention_files: these files are of {printable(pile.model, 80)} ({pile.named_by}), and not of "
-            f"{run.spec.name}: leave out model="
+            f"attention_files: these files are of {printable(collection.model, 80)} ({collection.model_from}), "
+            f"and not of {run.spec.name}: leave out model="
         )
-    return Run(replace(run.options, model=find_spec(pile.model)), run.model_choice, None, run.before_model)
+    return Run(
+        replace(run.options, model=find_spec(collection.model)), run.model_choice, None, run.before_model
+    )
 
 
 def _mean_sensitivity(
-    pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions, folder: Path
+    collection: _Collection, times_drawn: NDArray[np.int64], criteria: CriteriaOptions, folder: Path
 ) -> SensitivityStatistics:
-    """The mean sensitivity over the images that several files are of; each counts for all its files.
+    """The mean sensitivity over the images with several queries, each weighted by how often its files were drawn.
 
     Raises:
-        UsageError: the ranking is to go by it, and no image has two files with different queries.
+        UsageError: the ranking needs it, and no image has two files with different queries.
     """
-    assert pile.shape is not None
-    means, nothing = RunningMean(pile.shape), np.full(pile.shape, np.nan)
-    images = dict(_of_several_queries(pile.read))
-    if not images and measures_sensitivity(criteria):
+    assert collection.shape is not None
+    mean = RunningMean(collection.shape)
+    groups = _group_by_image(collection.files)
+    if not groups and measures_sensitivity(criteria):
         raise UsageError(
             "criteria.sensitivity=siblings: no two of these files are of one image with different queries, so no "
             "head can be seen to move; write criteria=paper"
         )
-    layers, heads = pile.shape
+    layers, heads = collection.shape
     columns = {"sensitivity": SENSITIVITY_COLUMNS["sensitivity"]}
     store = StatisticsStore(folder, settings={}, num_layers=layers, num_heads=heads, columns=columns)
-    for files in tqdm(images.values(), desc="compare", unit="image", disable=None):
-        key = hashlib.sha256(b"".join(one.key for one in files)).digest()[:KEY_BYTES]
+    for files in tqdm(groups, desc="compare", unit="image", disable=None):
+        key = hashlib.sha256(b"".join(file.key for file in files)).digest()[:KEY_BYTES]
         if key not in store:
             store.append([key], _image_sensitivity(files)[None])
-        weight = float(sum(drawn[one.place] for one in files))
-        means.add(store.views([key])["sensitivity"][0], weight)
-    return SensitivityStatistics(means.mean, nothing)
+        weight = float(sum(times_drawn[file.position] for file in files))
+        mean.add(store.views([key])["sensitivity"][0], weight)
+    no_consistency = np.full(collection.shape, np.nan)
+    return SensitivityStatistics(mean.mean, no_consistency)
 
 
-def _image_sensitivity(files: Sequence[_Read]) -> NDArray[np.float64]:
-    """Of the files of one image, two or more: `[layer, head]`."""
-    image = PairwiseSensitivity()
-    for one in files:
-        image.add(load_attention(one.path).attention)
-    assert image.sensitivity is not None
-    return image.sensitivity
+def _image_sensitivity(files: Sequence[_File]) -> NDArray[np.float64]:
+    """The sensitivity `[layer, head]` over two or more files of one image."""
+    pairwise = PairwiseSensitivity()
+    for file in files:
+        pairwise.add(load_attention(file.path).attention)
+    assert pairwise.sensitivity is not None
+    return pairwise.sensitivity
 
 
-def _of_several_queries(read: Sequence[_Read]) -> Iterator[tuple[tuple[object, ...], list[_Read]]]:
-    """The images of two files or more with different queries, and a file for each query."""
-    images: dict[tuple[object, ...], list[_Read]] = {}
-    for one in read:
-        if one.query.strip():
-            images.setdefault(one.image, []).append(one)
-    for image, files in images.items():
-        kept: list[_Read] = []
-        for one in files:
-            if all(other_expressions(one.query, [other.query]) for other in kept):
-                kept.append(one)
-        if len(kept) > 1:
-            yield image, kept
+def _group_by_image(files: Sequence[_File]) -> list[list[_File]]:
+    """For each image with two or more different queries, one file per query."""
+    by_image: dict[tuple[object, ...], list[_File]] = {}
+    for file in files:
+        if not file.query.strip():
+            continue
+        others = by_image.setdefault(file.image, [])
+        if all(other_expressions(file.query, [other.query]) for other in others):
+            others.append(file)
+    return [group for group in by_image.values() if len(group) > 1]
 
 
-def _described(ranking: HeadRanking, pile: _Pile) -> HeadRanking:
-    """With the images, as far as they are known here, the recipe, and how the model was asked, if the files say so."""
-    names: Mapping[str, None] = dict.fromkeys(
-        str(one.image[0]) for one in pile.read if isinstance(one.image[0], str)
-    )
+def _add_provenance(ranking: HeadRanking, collection: _Collection) -> HeadRanking:
+    """The ranking with its recipe, how the model was asked, and the images that it was made on, as far as known."""
+    image_files = dict.fromkeys(file.image[0] for file in collection.files if isinstance(file.image[0], str))
     samples = []
-    for name in names:
+    for name in image_files:
         try:
             samples.append(Sample(name, ""))
         except UsageError:
-            log.debug("%s is no image that can be named", name)
+            log.debug("%s does not name an image", name)
     keys = {key for key in image_keys(samples) if key}
     return replace(
-        ranking, pictures=tuple(sorted(keys)), found_with=found_with(pile.asked or {}, ranking.options)
+        ranking, pictures=tuple(sorted(keys)), found_with=found_with(collection.asked or {}, ranking.options)
     )

@@ -1,7 +1,7 @@
-"""`trace`: answers, and what the heads looked at when each of their words was written.
+"""`trace`: the model's answers, with the attention maps of the heads at each generated word.
 
-Of one image and query, or of every entry of a data file. A page is written last and says what it was made of, so that a
-run that was killed goes on with the entries that have none.
+For one image and query, or for every entry of a data file. The page of an entry is written last and contains a digest
+of its inputs, so an interrupted run resumes with the entries that lack an up-to-date page.
 """
 
 from __future__ import annotations
@@ -35,25 +35,27 @@ from localization_heads.version import __version__
 
 log = logging.getLogger(__name__)
 
-_HEAD = 16_384
-"""Bytes of a page in which it says what it was made of, its style after that."""
+DIGEST_WITHIN = 16_384
+"""The first bytes of a page, which contain the digest of its inputs."""
 
 
 @dataclass(frozen=True)
-class Traced:
-    """What was traced: of one image and query its trace; by id, what was asked and answered; and the files.
+class TraceResult:
+    """The results of `trace`.
 
-    None stands for an entry whose page was there already.
+    Args:
+        single: the trace, if one image and query were named.
+        answers: by entry id, the query and its answer; None for an entry whose page existed already.
     """
 
-    alone: Trace | None
+    single: Trace | None
     answers: Mapping[str, tuple[str, str] | None]
     paths: list[Path]
     failures: Sequence[BadEntry] = field(default=())
 
 
-class _Traced(NamedTuple):
-    """A trace without the maps of all heads, of which its page has what it shows."""
+class _TracedEntry(NamedTuple):
+    """The trace of an entry without the maps of all heads, and its rendered page, which contains what it shows."""
 
     sample: Sample
     image: Image.Image
@@ -61,14 +63,12 @@ class _Traced(NamedTuple):
     page: bytes
 
 
-def trace(run: Run) -> Traced:
+def trace(run: Run) -> TraceResult:
     """The words of the model's answers with their maps -> `attention/<id>_trace.html` and `_trace.png`."""
     if run.options.grounding.contrast != "none":
-        log.warning(
-            "grounding.contrast: no other expressions are asked beside an answer, which is read without"
-        )
-    alone = bool(run.options.image_file or run.options.query)
-    entries = _one_entry(run) if alone else load_entries(run)
+        log.warning("grounding.contrast is ignored: no other expressions are asked along with an answer")
+    is_single = bool(run.options.image_file or run.options.query)
+    entries = _single_entry(run) if is_single else load_entries(run)
     traces: list[Trace] = []
     answers: dict[str, tuple[str, str] | None] = {}
     paths: list[Path] = []
@@ -77,20 +77,20 @@ def trace(run: Run) -> Traced:
         return entry_path(run.attention_folder, sample.id, "_trace.html")
 
     def is_done(sample: Sample) -> bool:
-        if alone or not _is_there(page_of(sample), _made_of(recipe, entries.key(sample))):
+        if is_single or not _is_up_to_date(page_of(sample), _digest(recipe, entries.key(sample))):
             return False
         answers[sample.id] = None
         return True
 
-    def keep(found: Sequence[_Traced]) -> None:
-        for one in found:
+    def save(traced: Sequence[_TracedEntry]) -> None:
+        for one in traced:
             with entries.skip_on_error(one.sample, WorkError):
                 paths.extend(_write(one.page, one.trace, one.image, page_of(one.sample)))
                 answers[one.sample.id] = one.trace.query, one.trace.answer
                 traces[:] = [one.trace]
 
     with RunLock(run.folder):
-        writable_folder(run.attention_folder)  # before the work, not after it
+        writable_folder(run.attention_folder)  # fails now, not after the model has run
         run.check_named_heads()
         recipe = _recipe(run)
         run_over_samples(
@@ -100,35 +100,35 @@ def trace(run: Run) -> Traced:
             "trace",
             is_done=is_done,
             process=partial(_trace_each, heads=run.named_heads or (), recipe=recipe),
-            save=keep,
+            save=save,
             process_runs_model=True,
             capture_maps=False,
         )
     if not answers:
         raise NothingDoneError("no entry could be used", entries.sorted_failures())
-    in_order = {one.id: answers[one.id] for one in entries.samples if one.id in answers}
-    return Traced(traces[0] if alone else None, in_order, paths, entries.sorted_failures())
+    in_order = {sample.id: answers[sample.id] for sample in entries.samples if sample.id in answers}
+    return TraceResult(traces[0] if is_single else None, in_order, paths, entries.sorted_failures())
 
 
-def _one_entry(run: Run) -> Entries:
+def _single_entry(run: Run) -> Entries:
     run.options.require("image_file", "query")
     source, query = run.resolve_image(run.options.image_file), str(run.options.query)
     id = image_id(run, source, query)
     entry_path(run.attention_folder, id, "_trace.html")
-    load_image(source)  # a wrong image is wrong use, before the model is loaded
+    load_image(source)  # a bad image is a usage error, raised before the model is loaded
     return Entries([Sample(source, query, id=id)])
 
 
 def _trace_each(
     run: Run, entries: Entries, attended: Sequence[AttendedSample], *, heads: Sequence[Head], recipe: str
-) -> list[_Traced]:
-    """The answer to each entry of a chunk; without `heads`, each with its own."""
-    options, found = run.options, []
-    for asked in attended:
-        sample, image = asked.sample, asked.single_image
+) -> list[_TracedEntry]:
+    """Trace the answer to each entry of a chunk; without `heads`, each with its own."""
+    options, traced = run.options, []
+    for one in attended:
+        sample, image = one.sample, one.single_image
         with entries.skip_on_error(sample, WorkError):
             query = sample.expression
-            one = run.lvlm.trace(
+            found = run.lvlm.trace(
                 image,
                 query,
                 heads or run.lvlm.pick_own_heads(image, query, options.criteria, options.k),
@@ -136,48 +136,49 @@ def _trace_each(
                 trace=options.trace,
                 options=options.grounding,
             )
-            one = replace(one, image_file=str(sample.image))
-            page = render_trace(one, image, _made_of(recipe, entries.key(sample)))
-            found.append(_Traced(sample, image, replace(one, every=None), page.encode()))
-    return found
+            found = replace(found, image_file=str(sample.image))
+            page = render_trace(found, image, _digest(recipe, entries.key(sample)))
+            traced.append(_TracedEntry(sample, image, replace(found, every=None), page.encode()))
+    return traced
 
 
 def _recipe(run: Run) -> str:
-    """Everything that a page depends on besides its entry."""
+    """Everything that a page depends on besides its entry, as JSON."""
     options = run.options
     heads = run.named_heads or [asdict(options.criteria), options.k]
-    given = [
+    settings = [
         run.model_settings,
         heads,
         asdict(options.trace),
         asdict(options.grounding),
         options.max_new_tokens,
     ]
-    return json.dumps([__version__, given], sort_keys=True, default=str)
+    return json.dumps([__version__, settings], sort_keys=True, default=str)
 
 
-def _made_of(recipe: str, key: bytes) -> str:
+def _digest(recipe: str, key: bytes) -> str:
+    """The digest of everything that an entry's page depends on."""
     return hashlib.sha256(recipe.encode() + key).hexdigest()
 
 
-def _is_there(page: Path, made_of: str) -> bool:
+def _is_up_to_date(page: Path, digest: str) -> bool:
     try:
         with page.open("rb") as file:
-            return made_of.encode() in file.read(_HEAD) and page.with_suffix(".png").is_file()
+            return digest.encode() in file.read(DIGEST_WITHIN) and page.with_suffix(".png").is_file()
     except OSError:
         return False
 
 
-def write_trace(found: Trace, image: Image.Image, page: Path) -> list[Path]:
-    """The page, and beside it the figure."""
-    return _write(render_trace(found, image, "").encode(), found, image, page)
+def write_trace(trace: Trace, image: Image.Image, page: Path) -> list[Path]:
+    """Write the page of a trace, and its figure next to it; returns both paths."""
+    return _write(render_trace(trace, image, "").encode(), trace, image, page)
 
 
-def _write(content: bytes, found: Trace, image: Image.Image, page: Path) -> list[Path]:
-    """The figure comes first: a page that is there is complete."""
+def _write(content: bytes, trace: Trace, image: Image.Image, page: Path) -> list[Path]:
+    # The figure is written first, so that a page that exists is complete.
     from localization_heads import figures
 
     figure = page.with_suffix(".png")
-    figures.plot_trace(image, found, figure)
+    figures.plot_trace(image, trace, figure)
     write_bytes(page, content)
     return [page, figure]

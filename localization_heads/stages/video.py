@@ -27,7 +27,7 @@ from localization_heads.grounding.boxes import smooth_boxes
 from localization_heads.located import prediction_of
 from localization_heads.stages.chunks import Chunk, attend_samples
 from localization_heads.stages.entries import Entries
-from localization_heads.stages.ground import settings
+from localization_heads.stages.ground import grounding_settings
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
 from localization_heads.store.files import RunLock, writable_folder
@@ -79,7 +79,7 @@ def ground_video(run: Run) -> VideoResult:
     writable_folder(run.attention_folder)
     with RunLock(run.folder):
         conditions = {
-            **settings(run),
+            **grounding_settings(run),
             "video": _identity(video),
             "query": query,
             "id": id,
