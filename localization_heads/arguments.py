@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.errors import ArgumentError, UsageError, shown
-from localization_heads.grounder import (
-    Grounder,
-    check_heads,
-    heads_found_with,
-    load_calibration,
-    make_segmenter,
-    resolve_heads,
-)
+from localization_heads.grounder import Grounder, load_calibration, make_segmenter
 from localization_heads.grounding.confidence import Calibration
+from localization_heads.head_choice import check_heads, heads_found_with, resolve_heads
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking
 from localization_heads.hub import is_repository, load_heads

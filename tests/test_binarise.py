@@ -13,7 +13,7 @@ from small_maps import grounded
 
 from localization_heads.cells import upsample
 from localization_heads.evaluation.scores import Truth, score_grounding
-from localization_heads.grounding.ground import otsu, threshold, top_mass
+from localization_heads.grounding.binarise import otsu, threshold, top_mass
 from localization_heads.options.groups import GroundingOptions
 
 

@@ -10,8 +10,9 @@ import pytest
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import box_iou, label_components, upsample_to_image
 from localization_heads.evaluation.scores import f1, num_matched
-from localization_heads.grounding.boxes import non_maximum_suppression, select_proposals
+from localization_heads.grounding.boxes import non_maximum_suppression
 from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.proposals import select_proposals
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
 

@@ -20,8 +20,8 @@ from localization_heads.data.images import load_image
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounder import resolve_heads
 from localization_heads.grounding.ground import ground_maps
+from localization_heads.head_choice import resolve_heads
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.score_lists import read_scores, scores_of

@@ -15,7 +15,8 @@ from small_maps import block, grounded
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import NotFiniteError
-from localization_heads.grounding.ground import ground_instances, ground_maps, threshold
+from localization_heads.grounding.binarise import threshold
+from localization_heads.grounding.ground import ground_instances, ground_maps
 from localization_heads.grounding.maps import limit_peaks
 from localization_heads.grounding.shapes import containing_peak, largest_mass, level_crossings
 from localization_heads.heads.head import Head

@@ -109,8 +109,11 @@ def test_options_choose_lists() -> None:
     )
     qwen = run_of("model=qwen3-vl")
     assert qwen.named_heads is None and qwen.heads_from is None
-    assert "vrh-qwen3-vl (Retrieval Heads Meet Vision" in qwen.ready.advice
-    assert "found with query_token=answer_span answer_span=box (here: query_token=last)" in qwen.ready.advice
+    assert "vrh-qwen3-vl (Retrieval Heads Meet Vision" in qwen.ready_heads.advice
+    assert (
+        "found with query_token=answer_span answer_span=box (here: query_token=last)"
+        in qwen.ready_heads.advice
+    )
     boxes = run_of("model=qwen3-vl", "query_token=answer_span", "answer_span=box", "k=4")
     assert boxes.named_heads == ready_list("vrh-qwen3-vl").heads[:4]
     assert run_of("model=qwen3-vl", "query_token=answer_span", "answer_span='the dog'").named_heads is None
@@ -122,7 +125,7 @@ def test_options_choose_lists() -> None:
     ):
         _ = run_of("heads=vrh").named_heads
     with pytest.raises(UsageError, match="there is no ready list of heads named nobody"):
-        _ = run_of("model.lists=[nobody]", "model.heads=[]").ready
+        _ = run_of("model.lists=[nobody]", "model.heads=[]").ready_heads
 
 
 def test_a_conversation_asks_as_the_heads_were_found() -> None:
@@ -148,7 +151,7 @@ def with_list(front: Front, monkeypatch: pytest.MonkeyPatch) -> Path:
     heads = (Head(3, 0), Head(3, 1), Head(2, 2), Head(3, 3), Head(2, 0))
     theirs = ReadyList("theirs", "someone, 2026", "a model", heads, "plain", "last")
     every: dict[str, Any] = {**ready_lists(), "theirs": theirs}
-    for module in (ready, "localization_heads.grounder", "localization_heads.stages.run"):
+    for module in (ready, "localization_heads.head_choice", "localization_heads.stages.run"):
         target = (
             f"{module}.ready_lists"
             if isinstance(module, str)

@@ -22,9 +22,9 @@ from localization_heads.errors import UsageError
 from localization_heads.evaluation.scores import instance_metrics
 from localization_heads.figures.several import COLOURS, label_places
 from localization_heads.grounder import Grounder
-from localization_heads.grounding.boxes import select_proposals
 from localization_heads.grounding.confidence import Calibration, Logistic
 from localization_heads.grounding.ground import ground_instances, ground_maps
+from localization_heads.grounding.proposals import select_proposals
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.segmentation import sam as sams
 from localization_heads.store.results import Instance, Prediction

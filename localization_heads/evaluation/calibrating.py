@@ -250,7 +250,7 @@ def _adapt(signals: Sequence[Mapping[str, float]], known: Logistic, labels: NDAr
     names = list(known.weights)
     table = np.array([[row[name] for name in names] for row in signals], dtype=np.float64)
     table = table.reshape(len(signals), -1)  # also without any signal
-    logits = np.array([known.total(row) for row in signals])
+    logits = np.array([known.logit(row) for row in signals])
     (slope_change,), shift = _fit_offset(logits[:, None], logits, labels, SLOPE_PENALTY)
     slope = max(1 + slope_change, 0.0)  # never reverses the order
     if slope == 0:

@@ -1,4 +1,4 @@
-"""Shapes of cells: which component makes the box, its convex hull (App. B.2), its edges between the cells."""
+"""Geometry of cells on the grid: the component that makes the box, its convex hull (App. B.2), its sub-cell edges."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def largest_hull(
 ) -> NDArray[np.bool_]:
     """The 8-connected component whose convex hull has the largest area (App. B.2).
 
-    The hull is that of the cells' corners, so a single cell has area 1. Of equal hulls the one with more
-    `mass` wins, then the one whose first cell comes first, row by row.
+    The hull encloses the cells' corners, so a single cell has area 1. Ties go to the component with more `mass`, then
+    to the one whose first cell comes first in row-major order.
 
     Args:
         cells, mass: `[h, w]`.
 
     Returns:
-        bool `[h, w]`; no cell if `cells` has none.
+        bool `[h, w]`; empty if `cells` is.
     """
     labels = label_components(cells)
     best, best_area, best_mass = 0, 0.0, 0.0
     for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         member = labels[rows, columns] == label
-        if member.size < best_area:  # the hull lies within the bounding box
+        if member.size < best_area:  # the bounding box bounds the hull
             continue
         area = hull_area(member)
         weight = 0.0 if mass is None else float(mass[rows, columns][member].sum())
-        # Masses of mirrored components differ by rounding, which must not overrule the order of the cells.
+        # The masses of symmetric components may differ by rounding, which must not decide a tie.
         heavier = weight > best_mass * (1 + 1e-9)
         if area > best_area or (area == best_area and heavier):
             best, best_area, best_mass = label, area, weight
@@ -45,10 +45,10 @@ def largest_hull(
 
 
 def largest_mass(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """The 8-connected component that holds the most `mass`; of equal ones that whose first cell comes first.
+    """The 8-connected component with the most `mass`; ties go to the one whose first cell comes first.
 
     Args:
-        cells, mass: `[h, w]`; no mass is below 0.
+        cells, mass: `[h, w]`; no mass is negative.
 
     >>> largest_mass(np.array([[True, False, True]]), np.array([[2.0, 9.0, 3.0]])).tolist()
     [[False, False, True]]
@@ -56,12 +56,12 @@ def largest_mass(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> N
     labels = label_components(cells)
     held = np.bincount(labels.ravel(), weights=np.where(cells, mass, 0.0).ravel())
     held[0] = 0.0
-    # As in `largest_hull`, rounding must not overrule the order of the cells.
+    # As in `largest_hull`, rounding must not decide a tie.
     return np.asarray((labels == np.argmax(held >= held.max() * (1 - 1e-9))) & cells)
 
 
 def containing_peak(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """The 8-connected component of `cells` `[h, w]` that its cell of most `mass` lies in; of equal cells the first."""
+    """The 8-connected component of `cells` `[h, w]` that contains the cell with the most `mass`; the first if tied."""
     if not cells.any():
         return cells
     labels = label_components(cells)
@@ -71,11 +71,11 @@ def containing_peak(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -
 def level_crossings(
     values: NDArray[np.floating[Any]], level: float, cells: NDArray[np.bool_], visible: NDArray[np.bool_]
 ) -> tuple[float, float, float, float]:
-    """Where a map, linear between the centres of its cells, falls to `level` around some of them: x0, y0, x1, y1.
+    """The box around some cells, between cell centres: where the linearly interpolated map falls to `level`.
 
-    Each row has a left and a right crossing, each column an upper and a lower one, next to its outermost cells; the
-    outermost of them all are taken. A side stays on the border of its cell where the next one is outside the grid or
-    the image, or above the level itself.
+    Each row of cells has a left and a right crossing, each column an upper and a lower one; the box takes the outermost
+    of them. A side stays on the border of its cell if the next cell is outside the grid or the image, or is above the
+    level itself.
 
     Args:
         values: `[h, w]`, above `level` in `cells`.
@@ -83,7 +83,7 @@ def level_crossings(
         visible: the cells that show some of the image, bool `[h, w]`.
 
     Returns:
-        In cells from the top left corner of the grid.
+        x0, y0, x1, y1 in cells from the top left corner of the grid.
 
     >>> row = np.array([[0.0, 1.0, 4.0, 2.0]])
     >>> level_crossings(row, 1.5, row > 1.5, row >= 0)
@@ -100,6 +100,7 @@ def level_crossings(
 
 
 def _first_crossing(values: NDArray[np.floating[Any]], level: float, cells: NDArray[np.bool_]) -> float:
+    """The leftmost crossing of any row, in cells from the left."""
     rows = np.flatnonzero(cells.any(axis=1))
     first = cells[rows].argmax(axis=1)
     inside, outside = values[rows, first], values[rows, np.maximum(first - 1, 0)]
@@ -109,15 +110,15 @@ def _first_crossing(values: NDArray[np.floating[Any]], level: float, cells: NDAr
 
 
 def hull_area(cells: NDArray[np.bool_]) -> float:
-    """Area, in cells, of the convex hull of the corners of the active cells `[h, w]`; exact."""
+    """Area, in cells, of the convex hull of the corners of some cells, bool `[h, w]`; exact."""
     points = corners(cells, np.arange(cells.shape[1] + 1), np.arange(cells.shape[0] + 1))
     return cv2.contourArea(cv2.convexHull(np.array(points, dtype=np.int32))) if points else 0.0
 
 
 def convex_hull(points: Sequence[Point]) -> list[Point]:
-    """Vertices of the convex hull, in order around it (Andrew's monotone chain); none on a straight side.
+    """Vertices of the convex hull, in order around it, without collinear ones (Andrew's monotone chain).
 
-    In float64, for points in pixels: OpenCV's hull rounds them to float32, and pixels at the outline change sides.
+    In float64, unlike OpenCV's hull, whose float32 moves pixels at the outline in or out.
 
     >>> convex_hull([(0, 0), (2, 0), (1, 0), (2, 2), (1, 1), (0, 2)])
     [(0, 0), (2, 0), (2, 2), (0, 2)]
@@ -125,16 +126,27 @@ def convex_hull(points: Sequence[Point]) -> list[Point]:
     ordered = sorted(set(points))
     if len(ordered) < 3:
         return ordered
-    return _chain(ordered)[:-1] + _chain(ordered[::-1])[:-1]
+    return _half_hull(ordered)[:-1] + _half_hull(ordered[::-1])[:-1]
+
+
+def _half_hull(ordered: list[Point]) -> list[Point]:
+    """The half of the hull from the first point to the last that only turns left."""
+    chain: list[Point] = []
+    for x, y in ordered:
+        while len(chain) > 1:
+            (ax, ay), (bx, by) = chain[-2:]
+            if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
+                break
+            chain.pop()
+        chain.append((x, y))
+    return chain
 
 
 def fill_polygon(polygon: NDArray[np.float64], image_size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels whose centres lie in a convex polygon: bool `[H, W]`.
 
-    Not OpenCV's `fillPoly`, which rounds vertices to whole pixels and paints the outline, too.
-
-    A polygon too small to hold any pixel's centre gets the pixel under the middle of its box, so that a
-    mask is never empty.
+    A polygon that contains no pixel centre gets the pixel at the centre of its box, so that no mask is empty. OpenCV's
+    `fillPoly` would round the vertices to whole pixels and include the outline.
 
     Args:
         polygon: vertices `[n, 2]` (x, y) in pixels, in order.
@@ -160,23 +172,10 @@ def fill_polygon(polygon: NDArray[np.float64], image_size: tuple[int, int]) -> N
 
 
 def corners(cells: NDArray[np.bool_], x_edges: NDArray[Any], y_edges: NDArray[Any]) -> list[Point]:
-    """Corners of the outermost active cells of each row: all that the convex hull depends on."""
-    corners: list[Point] = []
+    """Corners of the first and the last cell of each row: the only ones that the convex hull depends on."""
+    points: list[Point] = []
     for row in np.flatnonzero(cells.any(axis=1)):
-        active = np.flatnonzero(cells[row])
-        for x in (x_edges[active[0]].item(), x_edges[active[-1] + 1].item()):
-            corners += [(x, y_edges[row].item()), (x, y_edges[row + 1].item())]
-    return corners
-
-
-def _chain(ordered: list[Point]) -> list[Point]:
-    """The half of the hull that turns left all the way from the first point to the last."""
-    chain: list[Point] = []
-    for x, y in ordered:
-        while len(chain) > 1:
-            (ax, ay), (bx, by) = chain[-2:]
-            if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
-                break
-            chain.pop()
-        chain.append((x, y))
-    return chain
+        columns = np.flatnonzero(cells[row])
+        for x in (x_edges[columns[0]].item(), x_edges[columns[-1] + 1].item()):
+            points += [(x, y_edges[row].item()), (x, y_edges[row + 1].item())]
+    return points

@@ -225,7 +225,7 @@ HeadChoice = Annotated[
     Reads("paths"),
     Wants("write auto, greedy, a heads.json, a hub repository user/repo, or a list such as [14-24,14-13]"),
 ]
-"""A name, or a tuple of heads' names; `grounder.choose_heads` knows what they stand for."""
+"""A name, or a tuple of heads' names; `head_choice.choose_heads` knows what they stand for."""
 
 
 def option(

@@ -237,7 +237,7 @@ def refine(
     overlap = float(box_iou(box, grounding.box))
     if box_from == "refined" and overlap < AGREE:
         return replace(grounding, mask_overlap=overlap)
-    return replace(grounding.boxed(box), refined=mask, mask_from=segmenter.name, mask_overlap=overlap)
+    return replace(grounding.with_box(box), refined=mask, mask_from=segmenter.name, mask_overlap=overlap)
 
 
 def _wider(grounding: Grounding) -> Box:

@@ -28,8 +28,8 @@ from localization_heads.experiments.ablation import (
     ablation_finding,
     make_conditions,
 )
-from localization_heads.grounder import check_heads, known_heads, resolve_all_heads
 from localization_heads.grounding.ground import ground_maps
+from localization_heads.head_choice import check_heads, known_heads, resolve_all_heads
 from localization_heads.heads.criteria import check_criteria
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking

@@ -17,17 +17,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from localization_heads.data.address import Address, image_source
 from localization_heads.data.sources import Together
 from localization_heads.errors import UsageError
-from localization_heads.grounder import (
-    Grounder,
-    check_heads,
-    choose_calibration,
-    choose_heads,
-    heads_found_with,
-    heads_source,
-    make_segmenter,
-)
+from localization_heads.grounder import Grounder, choose_calibration, make_segmenter
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import MIN_INSTANCE_MASS, MIN_INSTANCE_MASS_OF_PLACES
+from localization_heads.head_choice import check_heads, choose_heads, heads_found_with, heads_source
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.ready import NATIVE_BOX, FoundWith, ReadyHeads, choose_ready, ready_lists

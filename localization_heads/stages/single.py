@@ -17,8 +17,9 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.data.sources import PromptImages, Together, image_at, images_of, load_prompt_images
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounder import Grounder, check_heads, choose_heads, heads_found_with
+from localization_heads.grounder import Grounder
 from localization_heads.grounding.ground import Grounding
+from localization_heads.head_choice import check_heads, choose_heads, heads_found_with
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads

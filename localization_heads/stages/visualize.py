@@ -9,8 +9,9 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import BadEntry, UsageError, WorkError
-from localization_heads.grounder import Grounder, check_heads
+from localization_heads.grounder import Grounder
 from localization_heads.grounding.ground import Grounding
+from localization_heads.head_choice import check_heads
 from localization_heads.heads.criteria import HeadStatistics, binarise, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.programs import VisualizeOptions

@@ -23,9 +23,10 @@ from localization_heads.data.address import ImageError
 from localization_heads.data.images import load_image, open_raster
 from localization_heads.data.masks import encode_mask
 from localization_heads.errors import UsageError, shown
-from localization_heads.grounder import Grounder, check_heads
+from localization_heads.grounder import Grounder
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
+from localization_heads.head_choice import check_heads
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import greedy_heads
