@@ -25,13 +25,13 @@ Benchmark = Literal[
 class ExperimentOptions(Options):
     """The experiments of the paper (stage=experiment)."""
 
-    names: Annotated[tuple[Experiment, ...], Several] = option((), "Which ones, in order.")
+    names: Annotated[tuple[Experiment, ...], Several] = option((), "Experiments to run, in order.")
     benchmark: Benchmark | None = option(
         None,
-        "The split that the entries come from, so that our numbers stand in the paper's column; null for other data.",
+        "Split that the entries come from, so that results appear beside the paper's; null for other data.",
     )
     ks: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = option(
-        (1, 2, 3, 4, 5), "Tab. 4: numbers of heads added."
+        (1, 2, 3, 4, 5), "Tab. 4: numbers of heads."
     )
     sigmas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several, Field(min_length=1)] = option(
         (0.0, 0.5, 0.8, 1.0, 1.4, 1.8),
@@ -42,16 +42,14 @@ class ExperimentOptions(Options):
     )
     taus: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] | None = option(
         None,
-        "Fig. 13: thresholds of criterion 1; null takes 0, 1/4, 1/2, 3/4, 1, 5/4, 3/2 and 2 times the elbow.",
+        "Fig. 13: thresholds of criterion 1; null uses 0, 1/4, 1/2, 3/4, 1, 5/4, 3/2 and 2 times the elbow.",
     )
     top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = (
-        option(tuple(range(1, 15)), "Fig. 14: numbers of heads marked in each sample.")
+        option(tuple(range(1, 15)), "Fig. 14: numbers of heads selected per sample.")
     )
-    min_frequency: float = option(
-        0.01, "Fig. 6b: heads of lower selection frequency are left out.", ge=0, le=1
-    )
+    min_frequency: float = option(0.01, "Fig. 6b: minimum selection frequency of a head.", ge=0, le=1)
     random_sets: int = option(
-        20, "Sets of random heads, of the same layers, that the found ones are compared with.", ge=2, le=1000
+        20, "Number of sets of random heads from the same layers to compare with.", ge=2, le=1000
     )
 
 
@@ -59,12 +57,12 @@ class ExperimentOptions(Options):
 class RungOptions(Options):
     """A rung of the ladder (docs/reproducing-the-paper.md): a preset of criteria, grounding, heads and k."""
 
-    step: int = option(0, "Its place in the ladder, from 1.", ge=0, le=100)
-    name: FolderName = option("none", "Its name.")
-    about: Text = option("the options as they are", "What it adds to the rung before.")
+    step: int = option(0, "Position in the ladder, from 1.", ge=0, le=100)
+    name: FolderName = option("none", "Name of the rung.")
+    about: Text = option("the options as they are", "What it adds to the previous rung.")
     segmenter: Literal["none", "chosen", "points"] = option(
         "chosen",
-        "Masks: none (the map's own), chosen (segmenter=), or points (the same, prompted with points as well).",
+        "Masks: none (the map's own), chosen (segmenter=), or points (segmenter= prompted with points as well).",
     )
 
 

@@ -37,9 +37,9 @@ class SensitivityOptions(Options):
 
     sensitivity: Sensitivity = option(
         "none",
-        "Third criterion: nothing (paper), or rank the heads that criterion 1 keeps by how far their maps move when "
-        "other expressions of the same image are asked (siblings, criteria=robust). A sample that picks its own heads "
-        "goes by its other expressions alone, without the mirrored image.",
+        "Third criterion: none (paper), or siblings (criteria=robust): rank the heads that pass criterion 1 by how "
+        "much their maps change for other expressions of the same image. With heads=greedy each sample uses its "
+        "own siblings only, without the mirrored image.",
         kw_only=True,
     )
     siblings: Annotated[
@@ -49,14 +49,15 @@ class SensitivityOptions(Options):
         Wants("write one to eight words such as [animal,thing,vehicle]"),
     ] = option(
         KIND_WORDS,
-        "For criteria.sensitivity: words that are asked beside the other expressions which the data have of an image; "
-        "two of those, filled up to three with words that the expression does not contain.",
+        "For criteria.sensitivity: words that serve as further expressions of an image. Each sample is compared "
+        "with up to two other expressions of its image in the data, and with these words, up to three in all; "
+        "words that the expression contains are skipped.",
         kw_only=True,
     )
     mirrored: int = option(
         10,
-        "For criteria.sensitivity: of so many images the mirrored image is asked as well, with left and right swapped "
-        "in the expression: a head whose map does not follow wanders and does not localize. 0 asks none.",
+        "For criteria.sensitivity: number of images that are also mirrored, with left and right swapped in the "
+        "expression. A head whose map does not mirror with the image is not localizing. 0 mirrors none.",
         ge=0,
         le=1_000_000,
         kw_only=True,
@@ -112,59 +113,61 @@ class CriteriaOptions(SensitivityOptions):
 
     entropy: Weight = option(
         "area",
-        "Weight of a component in the spatial entropy: its area (paper) or its attention mass (published code).",
+        "Weight of a connected component in the spatial entropy: its area (paper) or its attention mass (published "
+        "code).",
     )
     threshold: Threshold = option(
         "mean",
-        "A cell is positive if A exceeds the map's own mean (mean, paper), or if relu(A - mean) exceeds a number "
-        "(published code: 0.001).",
+        "A cell is positive if its attention A exceeds the mean of the map (mean, paper), or if relu(A - mean) "
+        "exceeds this number (published code: 0.001).",
         measured=True,
     )
     elbow: ElbowRule = option(
         "value",
-        "Heads kept by criterion 1: those whose attention sum reaches the elbow's value (paper), or whose flat index "
-        "reaches that of the head at the elbow (index, published code of June 2025).",
+        "Heads that pass criterion 1: those whose attention sum is at least the elbow's (value, paper), or whose "
+        "flat index is at least that of the head at the elbow (index, published code of June 2025).",
     )
-    exclude_layers: int = option(2, "Number of first layers that are left out everywhere.", ge=0)
+    exclude_layers: int = option(2, "Number of first layers that are excluded everywhere.", ge=0)
     bottom_row_filter: bool = option(
-        False, "Never mark a head in a sample whose bottom row is in focus (published code of August 2025)."
+        False,
+        "Never select a head in a sample where its bottom row is in focus (published code of August 2025).",
     )
     tau: Annotated[float, Field(ge=0)] | None = option(
-        None, "A fixed threshold for criterion 1; null takes the elbow, 0 switches the criterion off."
+        None, "Fixed threshold of criterion 1; null computes the elbow, 0 disables the criterion."
     )
     means: float = option(
         1.0,
-        "Multiple of the mean that is subtracted from a map before it is thresholded (paper: 1; published code of "
+        "Multiple of the mean that is subtracted from a map before thresholding (paper: 1; published code of "
         "August 2025: 2).",
         ge=1,
         measured=True,
     )
     bottom_row_above: Annotated[float, Field(ge=0)] | None = option(
         None,
-        "Bottom-row focus: every cell of the row is positive (null), or any of them holds more attention than this "
-        "number (published code of August 2025: 0.05).",
+        "A map's bottom row is in focus if all of its cells are positive (null), or if any holds more attention "
+        "than this number (published code of August 2025: 0.05).",
         measured=True,
     )
     elbow_heads: ElbowHeads = option(
         "considered",
-        "Heads whose sums the elbow is computed from: those of the layers not left out (considered, paper) or "
-        "all heads (all, published code).",
+        "Heads that the elbow is computed from: those of the layers not excluded (considered, paper) or all heads "
+        "(all, published code).",
     )
     per_sample: bool = option(
         False,
-        "In a ranking over a data set, each sample has its own elbow (true, published code), instead of that of the "
-        "average sums (false, paper).",
+        "When ranking over a data set, compute the elbow for each sample (true, published code) or once for the "
+        "mean attention sums (false, paper).",
     )
     ties: Ties = option(
         "sum",
-        "Order of heads with the same entropy: higher attention sum first (sum), or as in the model (order, "
+        "Order of heads with the same entropy: by descending attention sum (sum), or as in the model (order, "
         "published code).",
     )
     fallback: Fallback = option(
         "none",
-        "What a sample that picks its own heads takes where too few pass criterion 1: nothing (none); heads "
-        "that fail, in the order of the model (order, June 2025); or, where none passes, the one of the "
-        "highest sum (sum, August 2025).",
+        "With heads=greedy, what a sample uses if too few heads pass criterion 1: nothing (none); further heads in "
+        "the order of the model (order, published code of June 2025); or, if none passes, the head of the highest "
+        "attention sum (sum, August 2025).",
     )
 
     @model_validator(mode="after")
@@ -184,39 +187,41 @@ compared with the paper (`experiment=`, `criteria=published*`) takes `paper` (`o
 class GroundingOptions(Options):
     """How maps become a box (Sec. 5, App. B.2)."""
 
-    kernel_size: Odd = option(7, "Taps of the Gaussian that smooths each map; 1 switches smoothing off.")
-    sigma: float = option(1.0, "Its standard deviation in cells; 0 switches smoothing off.", ge=0)
+    kernel_size: Odd = option(
+        7, "Kernel size, in cells, of the Gaussian that smooths each map; 1 disables smoothing."
+    )
+    sigma: float = option(1.0, "Standard deviation of the Gaussian in cells; 0 disables smoothing.", ge=0)
     upsample: int = option(
         1,
-        "Split each cell into this many along both axes before smoothing, for boxes finer than a cell (paper: 1). "
-        "Kernel and sigma then count the finer cells.",
+        "Upsample each map by this factor along both axes before smoothing, for boxes finer than a cell (paper: "
+        "1). Kernel size and sigma are then in the finer cells.",
         ge=1,
         le=16,
     )
     component: Component = option(
         "largest_hull",
-        "Positive cells that make the box: those of the component with the largest convex hull (paper), with the most "
-        "attention (largest_mass), with the strongest cell (containing_peak), or all (published code).",
+        "Connected component of positive cells that becomes the box: the one with the largest convex hull (paper), "
+        "the most attention (largest_mass) or the strongest cell (containing_peak), or all of them (all, "
+        "published code).",
     )
     interpolation: Interpolation = option(
         "nearest",
-        "Value of the finer cells: that of the cell they are part of (nearest), or a linear transition from "
-        "centre to centre (bilinear).",
+        "Interpolation of the upsampled map: nearest or bilinear.",
     )
     binarise: Binarise = option(
         "mean",
-        "A cell is positive above the mean (paper), above Otsu's threshold (otsu), or if it is among the "
-        "fewest cells that hold a share of the attention (top_mass).",
+        "A cell is positive if it exceeds a multiple of the mean (mean, paper) or Otsu's threshold (otsu), or if "
+        "it is among the fewest cells that together hold a share of the attention (top_mass).",
     )
-    top_mass: Share = option(0.7, "For binarise=top_mass: the share of the attention.")
+    top_mass: Share = option(0.7, "For binarise=top_mass: that share of the attention.")
     box_from: BoxFrom = option(
         "map",
-        "Take the box from the map (paper); or from the segmenter's mask: its tight box (mask), or that of a mask "
-        "started two cells wider, where it agrees with the map's box (refined).",
+        "Where the box comes from: the map (paper); the tight box of the segmenter's mask (mask); or refined: that "
+        "of a mask prompted with the map's box widened by two cells, if it agrees with the map's box.",
     )
     ignore_padding: bool = option(
         False,
-        "Read the grid as if it covered the image and no padding: wrong on purpose, as in the published code.",
+        "Treat the padded square as if it were the image: deliberately wrong, as in the published code.",
     )
     means: float = option(
         1.0, "For binarise=mean: the threshold as a multiple of the mean (paper and published code: 1).", ge=1
@@ -226,50 +231,53 @@ class GroundingOptions(Options):
     )
     border: Border = option(
         "mirror",
-        "How a map continues beyond its edge when it is smoothed: mirror does not repeat the edge cell (c b | a b c, "
-        "as in OpenCV), repeat does (b a | a b c, as in scipy and so in the published code).",
+        "Border mode of the smoothing: mirror reflects without repeating the edge cell (c b | a b c, as OpenCV), "
+        "repeat reflects with it (b a | a b c, as scipy and thus the published code).",
     )
     edges: Edges = option(
         "cells",
-        "Sides of the box: the borders of its cells (paper), or where the map, linear between the cells' centres, "
-        "crosses the threshold (interpolated).",
+        "Edges of the box: at the borders of its cells (paper), or where the map, interpolated linearly between "
+        "cell centres, crosses the threshold (interpolated).",
     )
     mean_of: MeanOf = option(
         "grid",
-        "For binarise=mean: the mean over all cells (grid, paper), or over those that show the image and no "
+        "For binarise=mean: the mean over all cells (grid, paper) or over those that show the image and not "
         "padding (image).",
     )
     peak_limit: Annotated[float, Field(ge=1)] | None = option(
         None,
-        "Cap each cell of the sum at this multiple of the seventh highest value among its 5 x 5 neighbours, so that a "
-        "sink of a few cells cannot take the box; null caps nothing (paper).",
+        "Clip each cell of the sum at this multiple of the seventh highest value in its 5 x 5 neighbourhood, so "
+        "that an attention sink cannot capture the box; null does not clip (paper).",
     )
     large: Share | None = option(
         None,
-        "For binarise=mean: lower the threshold to this share of the mean that each cell enters with its own "
-        "attention as weight, where that is lower, so that a large object stays whole; null does not (paper).",
+        "For binarise=mean: lower the threshold to this share of the attention-weighted mean if that is lower, so "
+        "that a large object is not split; null never lowers it (paper).",
     )
     combine: Combine = option(
         "sum",
-        "How the maps of the heads are added: as they are (sum, paper), or each weighted by how far it agrees with "
-        "the others, to the fourth power (consensus), which makes more heads than three worth while.",
+        "How the heads' maps are combined: added (sum, paper), or weighted by the fourth power of their mean "
+        "overlap with the others (consensus), which makes more than three heads worthwhile.",
     )
     contrast: Contrast = option(
         "none",
-        "What is subtracted from the sum: nothing (paper), the map of a query that names nothing (background), or the "
-        "mean map of the image's other expressions (siblings).",
+        "What is subtracted from the combined map: nothing (paper), the map of an expression that names nothing "
+        "(background), or the mean map of the image's other expressions (siblings).",
     )
     contrast_weight: float = option(
-        0.5, "For contrast: how much of it is subtracted, both scaled to a sum of 1.", ge=0, le=10
+        0.5,
+        "For contrast: weight of what is subtracted, with both maps normalised to a sum of 1.",
+        ge=0,
+        le=10,
     )
     point_sigma: Annotated[float, Field(ge=0)] | None = option(
         None,
-        "Standard deviation in cells of the smoothing before the strongest cell is taken as the point; null takes the "
-        "map of the box (paper).",
+        "Standard deviation, in cells, of the smoothing of the map whose strongest cell is the point; null uses "
+        "the map of the box (paper).",
     )
     trim: bool = option(
         False,
-        "Of the component, only the cells whose attention before smoothing exceeds the threshold make the box.",
+        "Of the selected component, keep only cells that also exceed the threshold before smoothing.",
     )
 
 
@@ -278,28 +286,28 @@ class SegmenterOptions(Options):
     """What makes the mask."""
 
     kind: SegmenterKind = option(
-        "grabcut", "none (the pseudo-mask of the map), grabcut (offline, no weights), or a family of SAMs."
+        "grabcut", "none (the map's pseudo-mask), grabcut (offline, no weights), or a family of SAMs."
     )
     name: Annotated[str, AfterValidator(expand_home), Reads("path")] = option(
-        "", "Hugging Face id or local folder of a SAM of that family.", kinds=SAMS
+        "", "Hugging Face id or local folder of a SAM checkpoint of that family.", kinds=SAMS
     )
     prompt: Annotated[tuple[SegmenterPrompt, ...], Several, Field(min_length=1)] = option(
         ("box",),
-        "What a SAM is prompted with, any of: box, points (interior points, from the map), map (as a mask).",
+        "Prompts of a SAM, one or more of box, points (from inside the map's component) and map (as a mask prompt).",
         kinds=SAMS,
     )
-    num_points: int = option(3, "Number of points, at most.", kinds=SAMS, ge=1, le=100)
+    num_points: int = option(3, "Maximum number of points.", kinds=SAMS, ge=1, le=100)
     points: Points = option(
         "positive",
-        "For prompt=[points]: points on the object alone (positive), or as many on the background again, where the "
-        "map is lowest inside the box (signed).",
+        "For prompt=[points]: foreground points only (positive), or as many background points too, where the map "
+        "is lowest inside the box (signed).",
         kinds=SAMS,
     )
     multimask: bool = option(
-        False, "Predict three masks and take the one that the SAM scores highest.", kinds=SAMS
+        False, "Predict three masks and keep the one with the SAM's highest score.", kinds=SAMS
     )
-    device: Device | None = option(None, "Device of a SAM; null takes that of the model.", kinds=SAMS)
-    iterations: int = option(5, "GrabCut's iterations.", kinds=("grabcut",), ge=1, le=100)
+    device: Device | None = option(None, "Device of a SAM; null uses that of the model.", kinds=SAMS)
+    iterations: int = option(5, "Number of GrabCut iterations.", kinds=("grabcut",), ge=1, le=100)
 
 
 @options
@@ -311,57 +319,56 @@ class ModelSpec(Options):
     )
     label: FolderName | None = option(
         None,
-        "Name of the folder below output_dir that holds this model's files; null derives one from the name.",
+        "Name of this model's folder below output_dir; null derives it from the model's name.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Precision of the weights: auto (as saved), float32, bfloat16 or float16."
     )
     device_map: Word | None = option(
-        None, "Spread a large model over devices: null (all on `device`), auto, balanced or sequential."
+        None, "Split a large model across devices: null (all on `device`), auto, balanced or sequential."
     )
     quantization: Literal["4bit", "8bit"] | None = option(
         None,
-        "Quantise the weights while loading: null, 8bit or 4bit (needs the extra `quantization` and a GPU).",
+        "Quantise the weights at load time: null, 8bit or 4bit (needs the extra `quantization` and a GPU).",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = option(
         None,
-        "Attention kernel: null (what the family needs, else transformers' choice, usually sdpa), sdpa, eager or "
-        "flash_attention_2.",
+        "Attention kernel: sdpa, eager or flash_attention_2; null uses what the family requires, else "
+        "transformers' default (usually sdpa).",
     )
     pad_to_square: bool | None = option(
         None,
-        "Pad images to a square instead of cropping them; null for what the family needs (LLaVA-1.5 and its "
-        "like: true), else what the processor says.",
+        "Pad images to a square instead of cropping them; null uses what the family requires (true for LLaVA-1.5 "
+        "and its relatives), else the processor's setting.",
     )
     fix_mistral_regex: bool = option(
-        False, "Load the tokenizer with transformers' own mend for Mistral's splitting of words."
+        False, "Load the tokenizer with transformers' fix for Mistral's pre-tokenization regex."
     )
     conv_mode: ConvMode | None = option(
         None,
-        "Prompt recommended for this model, used while conv_mode=null; null is what the family needs, and for "
-        "an unknown one referseg.",
+        "Prompt template of this model while conv_mode=null; null uses that of the family, or referseg for an "
+        "unknown one.",
     )
     system: Sentence | None = option(
-        None, "System sentence of the referseg template; null for the checkpoint's own, or else LLaVA's."
+        None, "System prompt of the referseg template; null uses the checkpoint's own, or else LLaVA's."
     )
     heads: Annotated[
         tuple[Head, ...], BeforeValidator(_heads), Wants("write a list such as [14-24,14-13,14-26]")
-    ] = option(
-        (), "Published localization heads (LAYER-HEAD, counted from 0), best first; used by heads=auto."
-    )
+    ] = option((), "Published localization heads (LAYER-HEAD, counted from 0), best first, for heads=auto.")
     lists: Annotated[tuple[Word, ...], Several] = option(
-        (), "Ready lists of its heads, best first (docs/find-heads.md); heads=auto takes the first that fits."
+        (),
+        "Ready-made head lists for this model, best first (docs/find-heads.md); heads=auto uses the first that "
+        "fits.",
     )
     top_n: int = option(
         10,
-        "Heads marked in each sample (N) while top_n=null. The paper takes 10 for every model.",
+        "Heads selected per sample (N) while top_n=null. The paper uses 10 for every model.",
         ge=1,
         le=10_000,
     )
     native_box: NativeBox | None = option(
         None,
-        "Format in which this model writes boxes itself, for stage=evaluate; null is that of its family, if it "
-        "has one.",
+        "Format in which the model itself writes boxes, for stage=evaluate; null uses that of its family, if any.",
     )
 
     @property

@@ -33,24 +33,24 @@ class BenchmarkOptions(Options):
     )
     dataset_path: PathText | None = option(
         None,
-        "Where it is: a file of the set or the folder with its files, in their published form.",
+        "Where the benchmark is: a file, or the folder with its files, in the published form.",
         stages=("prepare",),
     )
     images: PathText | None = option(
         None,
-        "Folder of the images (COCO's train2014 for RefCOCO and gRefCOCO), for sources that have none inside.",
+        "Folder of the images (COCO's train2014 for RefCOCO and gRefCOCO), for benchmarks that do not contain them.",
         stages=("prepare",),
     )
     split: Literal["train", "val", "test", "testA", "testB"] | None = option(
         None,
-        "train, val, test, testA or testB; null takes val, or the only one that there is. Of train, num_samples are "
-        "drawn by random_seed; of the others all are taken unless num_samples is given.",
+        "train, val, test, testA or testB; null uses val, or the only one there is. From train, num_samples are "
+        "drawn by random_seed; other splits are used in full unless num_samples is set.",
     )
     protocol: Protocol = option(
         "unc",
-        "How the expressions of RefCOCO, RefCOCO+ and RefCOCOg are asked, which decides what the numbers compare "
-        "with: each by itself (unc, as papers do), or all those of an object together in one prompt (lmms, as the "
-        "task refcoco_grounding of lmms-eval does).",
+        "How the expressions of RefCOCO, RefCOCO+ and RefCOCOg are prompted, which decides what the results "
+        "compare with: each on its own (unc, as in papers), or all those of an object in one prompt (lmms, as the "
+        "lmms-eval task refcoco_grounding).",
         stages=("prepare",),
     )
     sentence: Sentence = option(
@@ -60,15 +60,16 @@ class BenchmarkOptions(Options):
     )
     exclude: OneOrSeveral[PathText] = option(
         (),
-        "Files written by stage=prepare whose images are left out: the evaluation sets, when train is prepared.",
+        "Files written by stage=prepare whose images are excluded: the evaluation sets, when preparing train.",
         stages=("prepare",),
     )
     allow_leakage: bool = option(
         False,
-        "Use heads on images that they were found on; draw a training sample that shows evaluation images.",
+        "Allow heads to be used on images that they were found on, and training samples to contain evaluation "
+        "images.",
     )
     dataset_folder: PathText = option(
-        "outputs/datasets", "Where prepared files are written.", stages=("prepare",)
+        "outputs/datasets", "Folder that prepared files are written to.", stages=("prepare",)
     )
 
 
@@ -85,15 +86,15 @@ class TogetherOptions(Options):
 
     together: bool | None = option(
         None,
-        "Whether one prompt shows all images of image_file= (true), or each is an entry by itself (false); null takes "
-        "a list such as [a.jpg,b.jpg] together, and the images of a folder or a pattern apart.",
+        "Show all images of image_file= in one prompt (true), or make each an entry of its own (false); null shows "
+        "a list such as [a.jpg,b.jpg] together, but not the images of a folder or pattern.",
         section="several images in one prompt (docs/grounding.md)",
         stages=("ground",),
     )
     image_boxes: ImageBoxes = option(
         "one",
-        "Of several images in one prompt: a box in the one that draws most of the heads' attention (one), or a box in "
-        "each of them (each).",
+        "With several images in one prompt: one box, in the image with most of the heads' attention (one), or one "
+        "in each image (each).",
         stages=("ground", "batch", "pipeline"),
     )
 
@@ -104,17 +105,16 @@ class InstanceOptions(Options):
 
     instances: Instances = option(
         "one",
-        'Boxes of an expression: the best one, or every object that it fits (all), as in "the dogs"; for ground and '
-        "evaluate.",
+        'Boxes per expression: the best one, or one for every object that it refers to (all), as in "the dogs".',
         section="all objects (docs/grounding.md)",
         stages=("ground", "evaluate"),
     )
     instances_by: InstancesBy = option(
         "components",
-        "For instances=all: the components of the expression's map (components), or of the mean map of the expression "
-        "on the left, on the right, at the top and at the bottom (places), which measured better for the names of "
-        "objects and worse for their kinds and colours; or what the segmenter proposes wherever it is, as far as the "
-        "map attends to it (segmenter).",
+        "For instances=all, where the objects come from: the components of the expression's map (components); "
+        "those of the mean map of the expression on the left, on the right, at the top and at the bottom (places; "
+        "measured better for names of objects, worse for kinds and colours); or the segmenter's proposals, "
+        "filtered by the map (segmenter).",
         stages=("ground", "evaluate"),
     )
 
@@ -141,31 +141,31 @@ class VideoOptions(Options):
 
     video_file: PathText | None = option(
         None,
-        "A video (.mp4, .mov, .mkv, .webm, .avi) in place of image_file=: a box in each of its frames.",
+        "A video (.mp4, .mov, .mkv, .webm, .avi) instead of image_file=: one box per frame.",
         section="video (stage=ground; docs/videos.md)",
         stages=GROUND,
     )
     video: Literal["frames", "native"] = option(
         "frames",
-        "How the model sees a video (video_file=, or with stage=evaluate scenes.frames=): each frame as an image "
-        "(frames), or frames_per_prompt of them as the family's own video tokens (native; docs/models.md says which "
-        "families).",
+        "How the model sees a video (video_file=, or scenes.frames= with stage=evaluate): each frame as an image "
+        "(frames), or frames_per_prompt frames as the family's video tokens (native; for the families marked in "
+        "docs/models.md).",
         stages=EVALUATED,
     )
     frames_per_prompt: int = option(
         16,
-        "For video=native: frames that go into one prompt; of large ones fewer, 100 million pixels together.",
+        "For video=native: frames per prompt; fewer if they are large (100 million pixels in total).",
         ge=1,
         le=MOST_FRAMES,
         stages=EVALUATED,
     )
     fps: Annotated[float, Field(gt=0, le=240)] | None = option(
-        5.0, "For video_file=: frames a second that are looked at; null takes every frame.", stages=GROUND
+        5.0, "For video_file=: frames per second to sample; null uses every frame.", stages=GROUND
     )
     smoothing: float = option(
         0.0,
-        "For video_file=: how much of a frame's box comes from the boxes before it, from 0 (nothing) to below 1; the "
-        "box of each frame alone stays in predictions.jsonl as raw_bbox.",
+        "For video_file=: weight of the previous frames' boxes in each box, from 0 (none) to below 1; "
+        "predictions.jsonl keeps the unsmoothed box as raw_bbox.",
         ge=0,
         lt=1,
         stages=GROUND,
@@ -202,28 +202,28 @@ class LabelOptions(Options):
 
     heads_by: HeadsBy = option(
         "criteria",
-        "What ranks the heads: criteria (without labels, as the paper does); or, on entries with boxes or masks, the "
-        "mean over these of the attention mass in the truth (mass), of the IoU of a head's own map with it (iou), of "
-        "the share of hits of its strongest cell (pointing), or of the attention of the box that the model writes "
-        "itself on the patches that the true one touches (vrh, for families with a native box).",
+        "Ranking of the heads: criteria (label-free, paper); or, on entries with boxes or masks, by the mean of a "
+        "score: attention mass inside the true box or mask (mass), IoU of the head's map with it (iou), hits of "
+        "the map's strongest cell (pointing), or attention of the tokens of the box that the model writes on the "
+        "true box's patches (vrh, for families with a native box).",
         section="heads from labels (stage=find, rank; docs/find-heads.md)",
         stages=("find", "rank"),
     )
     num_labels: Annotated[int, Field(ge=1)] | None = option(
         None,
-        "For heads_by=mass, iou, pointing and vrh: labelled entries that are drawn for the ranking, by random_seed; "
-        "null takes all. num_trials draws show its spread.",
+        "For heads_by=mass, iou, pointing and vrh: number of labelled entries, drawn by random_seed; null uses "
+        "all. num_trials draws show the spread.",
         stages=("find", "rank"),
     )
     shrink: Shrink = option(
         "none",
-        "Mix the label-free ranking into one from few labels, with weight n0 / (n + n0): not at all (none), by the "
-        "heads' places (ranks), or by scores and selection frequencies, each divided by its highest (scores).",
+        "Shrink a ranking from n labels towards the label-free ranking, whose weight is n0 / (n + n0): not at all "
+        "(none), by rank (ranks), or by score and selection frequency, each divided by its maximum (scores).",
         stages=("find", "rank"),
     )
     shrink_n0: float = option(
         10.0,
-        "For shrink: as many labels weigh as much as the label-free ranking (n0).",
+        "For shrink: n0, the number of labels at which both rankings weigh the same.",
         gt=0,
         stages=("find", "rank"),
     )
@@ -244,8 +244,8 @@ class RankedFiles(Options):
 
     attention_files: PathText | None = option(
         None,
-        "For rank: a folder of attention files or a pattern such as runs/*.pkl, ranked without the model; files of one "
-        "image and different queries are compared for the third criterion. Takes the place of data_file.",
+        "For rank: a folder of attention files, or a pattern such as runs/*.pkl, to rank without the model; the "
+        "third criterion compares files of one image with different queries. Replaces data_file.",
         section="input",
         stages=("rank",),
     )

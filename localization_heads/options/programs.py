@@ -78,67 +78,66 @@ class FinderOptions(
     stage: Stage = option(
         "batch",
         "What to do: batch, find, rank, pipeline, ground, evaluate, collect, analyze, visualize, scenes, doctor, "
-        "export, prepare, calibrate, trace, ablate or experiment. trace shows where heads look as each word of an "
-        "answer is written. calibrate fits calibration.json on entries with truth. "
-        "ablate switches heads off and measures what is lost. "
-        "rank repeats the last step of find (or batch) without the model, from the statistics that it left or from "
-        "attention_files: for another top_n or k, or other criteria, except those that need the maps again.",
+        "export, prepare, calibrate, trace, ablate or experiment. rank repeats the last step of find or batch "
+        "without the model, from their statistics or from attention_files, for another top_n, k or criteria "
+        "(except criteria that need the maps). trace shows where heads look as each word of an answer is written. "
+        "calibrate fits calibration.json on labelled entries. ablate switches heads off and measures what is lost.",
     )
     image_file: ImageChoice | None = option(
         None,
-        "An image (path or http address); for collect, pipeline, ground, trace and doctor. collect, pipeline and "
-        "ground also take several in one prompt, [a.jpg,b.jpg]; ground a folder or a pattern such as 'pics/*.jpg': "
-        "every image in it.",
+        "An image (path or http address), for collect, pipeline, ground, trace and doctor. collect, pipeline and "
+        "ground also take several in one prompt, [a.jpg,b.jpg]; ground takes a folder or a pattern such as "
+        "'pics/*.jpg' for every image in it.",
         section="input",
         stages=ONE_IMAGE,
     )
     query: Text | None = option(
-        None, "What to look for in it: a referring expression or a question.", stages=ONE_IMAGE
+        None, "What to look for in the image: a referring expression or a question.", stages=ONE_IMAGE
     )
     attention_file: PathText | None = option(
         None,
-        "A file written by collect or batch (.pkl, .safetensors, or the published code's own); for analyze and "
-        "visualize.",
+        "For analyze and visualize: a file written by collect or batch (.pkl, .safetensors, or the published "
+        "code's own).",
         stages=("analyze", "visualize"),
     )
     data_file: PathText | None = option(
         None,
-        "Entries as JSON lines (id, prompt, image_path, optionally bbox and mask); for batch, find, ground, trace "
-        "and evaluate. Overrides data=.",
+        "Entries as JSON lines (id, prompt, image_path, optionally bbox and mask), for stages that process a data "
+        "set, such as batch, find, ground, evaluate and trace. Overrides data=.",
     )
     save_id: Text | None = option(
         None,
-        "Name of the files of stages with one image; null derives one from the image's name and the query.",
+        "Base name of the files written for a single image; null derives it from the image's name and the query.",
         section="output",
         stages=ONE_IMAGE,
     )
     zoom: bool = option(
         False,
-        "Ask again about a crop around each box, and average both boxes where they agree: finer boxes of small objects "
-        "for one more pass of the model; for ground, evaluate and calibrate.",
+        "Attend again to a crop around each box, and average both boxes if they agree: finer boxes of small "
+        "objects for one more forward pass.",
         stages=(*BOXES, "calibrate"),
     )
     attention_format: Literal["pkl", "safetensors", "published", "published_august"] = option(
         "pkl",
-        "Attention files as pkl or safetensors; published and published_august are what the published code of June and "
-        "of August 2025 reads (square grids over padded images alone).",
+        "Format of attention files: pkl or safetensors; or published and published_august, which the published "
+        "code of June and August 2025 reads (square grids over padded images only).",
     )
     figure_format: Literal["png", "pdf", "svg"] = option(
-        "png", "Figures as png, or as pdf or svg for a paper."
+        "png", "Format of figures: png, or pdf or svg for a paper."
     )
-    visualize_batch: bool = option(True, "Draw the maps and the box of the entries of a batch.")
+    visualize_batch: bool = option(True, "Draw the maps and the box of a batch's entries.")
     visualize_limit: Count | None = option(
-        32, "At most this many entries are drawn in a batch; null draws all."
+        32, "Maximum number of entries to draw in a batch; null draws all."
     )
-    top_k: int = option(3, "Heads shown in a figure and listed on the screen.", ge=1, le=100)
-    show_plot: bool = option(False, "Open the figures in a window as well (needs a display).")
+    top_k: int = option(3, "Number of heads shown in figures and printed lists.", ge=1, le=100)
+    show_plot: bool = option(False, "Also open the figures in a window (needs a display).")
     report: bool = option(
         True,
-        "End batch, find and evaluate with a page for people, report.html: needs no network, may be sent to anyone.",
+        "Write report.html at the end of batch, find and evaluate: a self-contained page to read and share.",
     )
     report_samples: int = option(
         200,
-        "Samples in its gallery: half of them the first of the data set, half the worst of the others.",
+        "Samples in the report's gallery: half are the first of the data set, half are the worst of the rest.",
         ge=0,
         le=1000,
     )
@@ -147,79 +146,82 @@ class FinderOptions(
     )
     batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = option(
         8,
-        "Entries that go through the model together; those of one image share what is computed of it. auto takes 16, "
-        "and fewer where they do not fit into memory (results then differ by rounding only). Large images make "
-        "smaller batches: 24 megapixels at most.",
+        "Entries per batch; those of one image share its encoding. auto uses 16, and fewer if they do not fit into "
+        "memory (results then differ by rounding only). A batch holds at most 24 megapixels.",
     )
     max_new_tokens: Count = option(
         0,
-        "Tokens of the model's answer, at most, that collect and pipeline print (0: none) and trace shows (0: 64).",
+        "Maximum length, in tokens, of the answer that collect and pipeline print (0: none) and trace shows (0: "
+        "64).",
     )
     top_n: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
-        "Heads marked in each sample when the selection frequency is counted (N); null takes model.top_n, the "
-        "paper's 10 unless the model has few heads.",
+        "Heads selected per sample when counting the selection frequency (N); null uses model.top_n: the paper's "
+        "10 unless the model has few heads.",
     )
-    num_trials: int = option(5, "Random draws over which the selection frequency is averaged.", ge=1, le=1000)
-    num_samples: int = option(1000, "Samples in each draw.", ge=1)
+    num_trials: int = option(
+        5, "Number of random draws that the selection frequency is averaged over.", ge=1, le=1000
+    )
+    num_samples: int = option(1000, "Number of samples per draw.", ge=1)
     controls: bool = option(
         True,
-        "Score the controls beside the heads: random heads of the same layers, the mean of all heads, a centred box, "
-        "and the oracle (the truth on the model's own grid). They need all layers; false stops after the "
-        "deepest head.",
+        "Also score the controls: random heads of the same layers, the mean of all heads, a centred box, and the "
+        "oracle (the ground truth on the model's grid). They need all layers; false stops after the deepest chosen "
+        "head.",
         section="evaluation",
     )
     native: bool | None = option(
         None,
-        "Ask the model for a box of its own: true, false, or null for models known to write boxes "
+        "Also score the box that the model itself writes: true, false, or null for models known to write boxes "
         "(docs/evaluation.md).",
         stages=("evaluate", "ablate", "experiment"),
     )
     bootstrap: Literal["expression", "image"] = option(
         "expression",
-        "What the bootstrap of the 95 % intervals draws: expression (as the field does), or image (with all its "
-        "expressions).",
+        "What the bootstrap of the 95 % intervals resamples: expressions (expression, as is usual) or images with "
+        "all their expressions (image).",
         stages=("evaluate", "experiment"),
     )
     calibrate_from: PathText | None = option(
         None,
-        "A calibration.json to start from: slope and intercept are fitted anew and the weights moved a little, for "
-        "which 50 labels of a new domain do; null fits everything.",
+        "A calibration.json to adapt to a new domain: refits slope and intercept and changes the weights slightly, "
+        "for which 50 labels suffice; null fits from scratch.",
         stages=("calibrate",),
     )
-    worst: int = option(16, "Number of worst boxes drawn into failures/.", ge=0, le=200)
+    worst: int = option(16, "Number of worst predictions drawn into failures/.", ge=0, le=200)
     phrases: PhrasesOptions = option(
         PhrasesOptions(), "Several objects in one query (stage=ground).", stages=("ground",)
     )
     trace: TraceOptions = option(TraceOptions(), "Maps of the answer (stage=trace).", stages=("trace",))
     verdict: bool = option(
         False,
-        "Write what doctor found, and the geometry as traced on this very model, as a small JSON file for an issue.",
+        "Write the doctor's findings and the geometry traced on this model to a small JSON file, to attach to an "
+        "issue.",
         stages=("doctor",),
     )
     doctor: DoctorOptions = option(
-        DoctorOptions(), "A new model: stage=doctor shows how it is read.", stages=("doctor",)
+        DoctorOptions(), "Check of a new model (stage=doctor).", stages=("doctor",)
     )
     experiment: ExperimentOptions = option(
         ExperimentOptions(),
-        "Experiments of the paper, for stage=experiment: fig3, fig6a, fig6b, random, tab1 to tab5, tab8, "
-        "fig13, fig14, all of them, or the ladder (docs/reproducing-the-paper.md); causal: are the heads found "
-        "those that the answers need (docs/causal.md)?",
+        "Experiments of the paper, for stage=experiment: fig3, fig6a, fig6b, random, tab1 to tab5, tab8, fig13, "
+        "fig14, all of them, or the ladder (docs/reproducing-the-paper.md); or causal: do answers depend on the "
+        "heads found (docs/causal.md)?",
         choice="none",
         stages=("experiment",),
     )
     ablate: AblateOptions = option(
-        AblateOptions(), "Heads switched off, or steered (stage=ablate).", stages=("ablate",)
+        AblateOptions(), "Heads switched off or steered (stage=ablate).", stages=("ablate",)
     )
     rung: RungOptions = option(
         RungOptions(),
-        "One rung of the ladder, as a preset for any stage: published, padding, hull, fixed, masks, mask_box "
-        "or points.",
+        "One rung of the ladder, as a preset for any stage: published, padding, hull, fixed, masks, mask_box or "
+        "points.",
         choice="none",
     )
     engine: EngineOptions = option(
         EngineOptions(),
-        "Where the model goes over a data set: local (this process), or ray (docs/spread.md).",
+        "What runs the model over a data set: local (this process) or ray (docs/spread.md).",
         choice="local",
     )
 
@@ -290,34 +292,36 @@ class VisualizeOptions(EntryChoice):
     )
     allow_private_addresses: bool = option(
         False,
-        "Fetch the image that a file names also from addresses of this machine and of private networks.",
+        "Also fetch a file's image from this machine and from private networks.",
     )
-    layer: Count | None = option(None, "Layer to show, counted from 0; null shows the top heads of the file.")
+    layer: Count | None = option(None, "Layer to show, counted from 0; null shows the file's top heads.")
     head: Count | None = option(None, "Head to show, counted from 0.")
-    show_components: bool = option(False, "Also draw the connected components behind the spatial entropy.")
+    show_components: bool = option(
+        False, "Also draw the connected components that the spatial entropy is computed from."
+    )
     top_k: int = option(3, "Number of top heads to show.", ge=1, le=100)
     k: int = option(
-        3, "Number of heads whose sum makes the combined map and the box (the paper's k).", ge=1, le=10_000
+        3, "Number of heads whose maps are combined for the box (the paper's k).", ge=1, le=10_000
     )
     data_file: PathText | None = option(
         "examples/visualization_data.jsonl",
-        "batch: JSON lines with attention_file, layer and head, and an id, which names the figures. Without "
-        "attention_file it is the one of the id below outputs/localization_heads; without layer and head the "
-        "top heads are drawn.",
+        "For batch: JSON lines with an id, which names the figures, and optionally attention_file, layer and head. "
+        "attention_file defaults to that of the id below outputs/localization_heads, layer and head to the top "
+        "heads.",
     )
     output_dir: PathText | None = option(
-        None, "Folder for the figures; null puts each beside its attention file."
+        None, "Folder of the figures; null puts each beside its attention file."
     )
     save_fig: bool = option(True, "Write the figures to disk.")
-    show_plot: bool = option(False, "Open the figures in a window as well (needs a display).")
-    debug: bool = option(False, "Show the whole traceback of an error.")
+    show_plot: bool = option(False, "Also open the figures in a window (needs a display).")
+    debug: bool = option(False, "Show full tracebacks.")
     criteria: CriteriaOptions = option(
         CriteriaOptions(),
-        "How the heads of a file are ranked: paper, published or published_august.",
+        "Criteria for localization heads: paper, published or published_august.",
         choice="paper",
     )
     grounding: GroundingOptions = option(
-        GroundingOptions(), "How maps become a box: sharp, paper or published.", choice=NEWCOMER
+        GroundingOptions(), "Read-out from maps to a box: sharp, paper or published.", choice=NEWCOMER
     )
 
     @model_validator(mode="after")
@@ -334,19 +338,19 @@ class ChatOptions(ModelUse, ImageAddresses):
     """cli_llava.py"""
 
     cli_mode: bool = option(
-        False, "A conversation on the terminal; false answers one query and ends.", section="talk"
+        False, "Hold a conversation on the terminal; false answers one query and exits.", section="talk"
     )
-    query: Text | None = option(None, "The question; needed unless cli_mode=true.")
-    image_file: PathText | None = option(None, "The image it is about (path or http address).")
-    max_new_tokens: int = option(128, "Longest answer, in tokens.", ge=1)
+    query: Text | None = option(None, "The question; required unless cli_mode=true.")
+    image_file: PathText | None = option(None, "The image to ask about (path or http address).")
+    max_new_tokens: int = option(128, "Maximum length of an answer in tokens.", ge=1)
     conv_mode: ConvMode | None = option(
         "chat",
-        "The prompt of the conversation: chat (the model's own template), referseg or plain. /ground asks with the "
-        "paper's prompt, whatever this is.",
+        "Prompt template of the conversation: chat (the model's chat template), referseg or plain. /ground always "
+        "uses the paper's prompt.",
     )
     picture_memory: Count = option(
         1024,
-        "Memory for the images that /ground was last asked about, in MiB; 0 reads an image anew each time.",
+        "Cache size, in MiB, for the encoded images of /ground; 0 encodes the image again for every question.",
     )
 
 
@@ -356,10 +360,11 @@ class DemoOptions(ModelUse):
 
     host: Text = option(
         "127.0.0.1",
-        "Who may open the page: 127.0.0.1 is this machine alone, 0.0.0.0 everybody who can reach it.",
+        "Address that the page is served on: 127.0.0.1 for this machine only, 0.0.0.0 for everybody who can reach "
+        "it.",
         section="page",
     )
     port: Annotated[int, Field(ge=1, le=65535)] | None = option(
-        None, "The page's port; null takes the first free one from 7860."
+        None, "Port of the page; null uses the first free one from 7860."
     )
     open_browser: bool = option(True, "Open the page in a browser.")

@@ -39,108 +39,108 @@ class ModelUse(Options):
 
     model: ModelSpec = option(
         ModelSpec(),
-        "Which model: tiny (embedded, offline), llava, llava-13b, qwen3-vl, internvl, ... (docs/models.md "
-        "lists all). model.name= takes any Hugging Face id or local folder; stage=doctor shows whether a new "
-        "one is read correctly.",
+        "Model: tiny (embedded, offline), llava, llava-13b, qwen3-vl, internvl, ... (all in docs/models.md). "
+        "model.name= takes any Hugging Face id or local folder; check an unlisted model with stage=doctor.",
         section="model",
         choice="tiny",
     )
     device: Device = option("auto", "Device of the model: auto, cpu, cuda, cuda:1, mps, or a GPU's number.")
     num_threads: Annotated[int, Field(ge=1)] | None = option(
         None,
-        "CPU threads; null takes one for a model as small as the embedded one, and torch's choice for the others.",
+        "CPU threads; null uses one for models as small as the embedded one, and torch's default for others.",
     )
     conv_mode: ConvMode | None = option(
         None,
-        "The prompt: referseg (the paper's), chat (the model's own template) or plain; null is model.conv_mode.",
+        "Prompt template: referseg (the paper's), chat (the model's chat template) or plain; null uses "
+        "model.conv_mode.",
     )
     query_token: QueryToken = option(
         "last",
-        "Query token whose attention is read: last (the prompt's last token, the paper's), expression_end (the "
-        "expression's last token), expression_mean (the mean over its tokens), answer_first (the first token of the "
-        "model's answer; slower), answer_mean (the mean over its tokens), answer_span (over those of answer_span=) or "
-        "last_and_answer (last and answer_mean, of which the read-out takes the geometric mean).",
+        "Query token whose attention is read: last (of the prompt, paper), expression_end (the expression's last "
+        "token), expression_mean (mean over the expression's tokens), answer_first (the answer's first token; "
+        "slower), answer_mean (mean over the answer's tokens), answer_span (mean over those of answer_span=) or "
+        "last_and_answer (geometric mean of last and answer_mean).",
     )
     answer_tokens: int = option(
         8,
-        "For query_token=answer_mean, answer_span and last_and_answer: tokens of the answer that are read, at most; "
-        "the one that ends it does not count.",
+        "For query_token=answer_mean, answer_span and last_and_answer: maximum number of answer tokens, not "
+        "counting the end-of-sequence token.",
         ge=1,
         le=256,
     )
     answer_span: Text | None = option(
         None,
-        "For query_token=answer_span: a text of the answer, in which {} stands for the expression, or box: the numbers "
-        "of the box that the model is then asked to write.",
+        "For query_token=answer_span: a part of the answer, with {} for the expression; or box, for the numbers of "
+        "the box that the model is then asked to write.",
     )
     paraphrases: Paraphrases | None = option(
         None,
-        'Ask in several wordings and take the mean of their maps: templates such as ["the {}","a {}"], at most '
-        "eight; an article of the expression itself is not doubled. null asks with the expression alone (paper).",
+        'Average the maps of several wordings: up to eight templates such as ["the {}","a {}"]. An article that '
+        "the expression already has is not repeated. null uses the expression alone (paper).",
     )
     signals: bool = option(
         False,
-        "Also ask how sure the model is: the log-odds of yes against no to whether such a thing is there, the "
-        "log-probabilities of the expression and of the answer's first token, and the maps of what the model lists. A "
-        "calibration that needs them has them asked.",
+        "Also ask the model how sure it is: log-odds of yes against no to whether the object is there, "
+        "log-probabilities of the expression and of the answer's first token, and maps of the objects that the "
+        "model lists. Switched on by a calibration that needs it.",
     )
     view: ViewChoice = option(
         "combined",
-        "For models that see an image as a whole and again as tiles: combined (both in one map), whole or tiles.",
+        "For models that see both a downscaled image and tiles of it: combine both in one map (combined), or use "
+        "only the whole image or only the tiles.",
     )
     drop_lone_spaces: bool = option(
         False,
-        "Delete SentencePiece's lone spaces (after the image, before digits and emoji) from the prompt's "
-        "tokens, as the published code does; LLaVA itself, and nearly everybody, keeps them.",
+        "Delete stand-alone SentencePiece spaces (after the image, before digits and emoji) from the prompt's "
+        "tokens, as the published code does. LLaVA itself keeps them.",
     )
     heads: HeadChoice = option(
         "auto",
-        "Heads to ground with: auto (the model's known heads, where they were found with this prompt and query token, "
-        "else its latest heads.json), greedy (each sample picks its own), a heads.json (or another tool's scores), a "
-        "hub repository user/repo, a ready list such as vrh-qwen3-vl, or a list like [14-24,14-13,14-26]. A batch "
-        "grounds with the heads that it has just found, unless others are named.",
+        "Heads to ground with: auto (the model's known heads if they were found with this prompt and query token, "
+        "else its latest heads.json), greedy (selected per sample), a heads.json or another tool's scores, a hub "
+        "repository user/repo, a ready-made list such as vrh-qwen3-vl, or a list such as [14-24,14-13,14-26]. "
+        "Unless set, a batch uses the heads that it has just found.",
         section="heads",
     )
-    k: int = option(3, "Number of heads that are summed into one map (the paper's k).", ge=1, le=10_000)
+    k: int = option(3, "Number of heads whose maps are combined (the paper's k).", ge=1, le=10_000)
     criteria: CriteriaOptions = option(
         CriteriaOptions(),
-        "How heads are found: paper, robust (its two criteria and a third: heads that rest whatever is asked come "
-        "last; no worse where it was measured, but that is one small model, so not the default), published or "
-        "published_august (the code of June and August 2025).",
+        "Criteria for localization heads: paper; robust (adds a third criterion, which ranks heads last whose maps "
+        "hardly depend on the expression; no worse in our measurements, but on one small model only, hence not "
+        "the default); published or published_august (the code of June and August 2025).",
         section="method",
         choice="paper",
     )
     grounding: GroundingOptions = option(
         GroundingOptions(),
-        "How maps become a box: sharp (what measured best at the cost of one prefill), paper, or published (the box of "
-        "August 2025, around all cells above the mean). Experiments and criteria=published* take paper unless told "
-        "otherwise.",
+        "Read-out from maps to a box: sharp (the best measured with a single prefill), paper, or published (August "
+        "2025: the box of all cells above the mean). Experiments and criteria=published* default to paper.",
         choice=NEWCOMER,
     )
     segmenter: SegmenterOptions = option(
         SegmenterOptions(),
-        "What makes the mask: grabcut (offline), none (the map's own pseudo-mask), sam, sam2, sam3, or author_hint.",
+        "Segmenter: grabcut (offline), none (the map's pseudo-mask), sam, sam2, sam3, or author_hint.",
         choice="grabcut",
     )
     calibration: PathText = option(
         "auto",
-        "What makes the confidence the probability that the box is right: auto (calibration.json of the model's "
-        "folder, if it was fitted with these heads and this recipe), none (the raw signal: agreement of the heads), "
-        "or the path of one; stage=calibrate writes it.",
+        "Calibration that turns confidences into probabilities: auto (calibration.json in the model's folder, if "
+        "it was fitted with these heads and settings), none (the raw signal, agreement of the heads), or a path. "
+        "stage=calibrate writes one.",
     )
     abstain: Annotated[float, Field(ge=0, le=1)] | None = option(
         None,
-        "Answer that nothing is there where the probability of presence (without absent entries in the calibration, "
-        "the confidence) is below this; null always gives a box.",
+        "Answer that the object is absent if its probability of presence is below this (the confidence, if the "
+        "calibration was fitted without absent entries); null always gives a box.",
         stages=("ground", "batch", "evaluate", "pipeline"),
     )
     output_dir: FolderPath = option(
         "outputs/localization_heads",
-        "Everything is written below this folder, in one folder per model.",
+        "Output folder, with one subfolder per model.",
         section="run",
     )
-    random_seed: int = option(42, "Seed of every random choice.", ge=0, le=2**32 - 1)
-    debug: bool = option(False, "Show the whole traceback of an error.")
+    random_seed: int = option(42, "Seed of all random choices.", ge=0, le=2**32 - 1)
+    debug: bool = option(False, "Show full tracebacks.")
 
     @model_validator(mode="after")
     def _box_of_a_mask(self) -> Self:
@@ -156,11 +156,11 @@ class EntryChoice(Options):
 
     process_all: bool = option(
         True,
-        "Use every entry of data_file. A start_index or end_index applies whatever this says.",
+        "Use every entry of data_file. start_index and end_index apply in any case.",
         section="entries",
     )
-    start_index: int = option(0, "First entry used, counted from 0.", ge=0)
-    end_index: int = option(-1, "Entry before which to stop; -1 goes to the end.", ge=-1)
+    start_index: int = option(0, "First entry to use, counted from 0.", ge=0)
+    end_index: int = option(-1, "Entry to stop before; -1 goes to the end.", ge=-1)
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -178,5 +178,5 @@ class ImageAddresses(Options):
 
     allow_private_addresses: bool = option(
         False,
-        "Fetch images also from addresses of this machine and of private networks (a server of your own).",
+        "Also fetch images from this machine and from private networks.",
     )

@@ -19,35 +19,35 @@ SceneSplit = Literal["test", "validation", "train"]
 class ScenesOptions(Options):
     """The synthetic benchmark (stage=scenes, data=scenes)."""
 
-    count: int = option(300, "Number of scenes, one expression each.", ge=1, le=100_000)
-    seed: int = option(0, "Which set; sets of different seeds share no scene.", ge=0, le=1_000_000)
-    split: SceneSplit = option("test", "test, validation or train; no scene is in two of them.")
+    count: int = option(300, "Number of scenes, with one expression each.", ge=1, le=100_000)
+    seed: int = option(0, "Seed of the set; sets of different seeds share no scene.", ge=0, le=1_000_000)
+    split: SceneSplit = option("test", "test, validation or train; no scene is in two splits.")
     style: ArtStyle | None = option(
-        None, "Art style: noto, twemoji, fluent, or openmoji (never trained on); null mixes the first three."
+        None,
+        "Art style: noto, twemoji, fluent, or openmoji (never used in training); null mixes the first three.",
     )
-    size: int = option(256, "Side of an image in pixels.", ge=32, le=2048)
+    size: int = option(256, "Width and height of the images in pixels.", ge=32, le=2048)
     height: Annotated[int, Field(ge=16, le=2048)] | None = option(
-        None, "Crop each image to this many rows around the object, to get landscape images; null keeps all."
+        None,
+        "Crop each image to this many rows around the object, for landscape images; null keeps the square.",
     )
     smallest: float = option(
         0.26,
-        "Longer side of the smallest objects in sides of the image; all others scale with it.",
+        "Longer side of the smallest objects, relative to the image's side; all other objects scale with it.",
         ge=0.05,
         le=0.4,
     )
     absent: float = option(
         0.0,
-        "Share of the expressions that refer to nothing in their scene: by name, colour, place or relation.",
+        "Share of expressions that refer to nothing in their scene: wrong name, colour, place or relation.",
         ge=0,
         le=1,
     )
     targets: Targets = option(
-        "one", "Expressions that refer to one object (one), or to all of several, such as the dogs (all)."
+        "one", "Expressions refer to exactly one object (one), or to all of several, such as the dogs (all)."
     )
-    frames: int = option(
-        1, "Frames of each scene, in which the objects move; every frame is an entry.", ge=1, le=1000
-    )
-    folder: PathText = option("outputs/scenes", "Where they are written.")
+    frames: int = option(1, "Frames per scene, with moving objects; every frame is an entry.", ge=1, le=1000)
+    folder: PathText = option("outputs/scenes", "Folder that the scenes are written to.")
 
 
 @options
@@ -56,11 +56,12 @@ class PhrasesOptions(Options):
 
     by: Literal["split", "spacy", "whole"] = option(
         "split",
-        "How a query becomes several: split (at each ;), spacy (the noun phrases of a sentence) or whole (never). "
-        "Each phrase gets its own map, box and mask, under the id <id>_1, <id>_2, ...",
+        "How a query is split into phrases: at each semicolon (split), into the noun phrases of a sentence "
+        "(spacy), or not at all (whole). Each phrase gets its own map, box and mask, under the id <id>_1, <id>_2, "
+        "...",
     )
     model: PathText = option(
-        "en_core_web_sm", "The spaCy pipeline, a package or a folder, for phrases.by=spacy."
+        "en_core_web_sm", "For phrases.by=spacy: the spaCy pipeline, a package or a folder."
     )
 
 
@@ -79,28 +80,28 @@ class EngineOptions(Options):
     """Where the model runs over a data set."""
 
     kind: Literal["local", "ray"] = option(
-        "local", "What runs the model: this process (local) or Ray's workers (ray)."
+        "local", "What runs the model: this process (local) or Ray workers (ray)."
     )
     num_workers: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
-        "Number of workers; null takes one per GPU or, without GPUs, as many as there are cores for.",
+        "Number of workers; null starts one per GPU or, without GPUs, as many as the cores allow.",
         kinds=RAY,
     )
-    cpus_per_worker: int = option(2, "Cores of a worker.", kinds=RAY, ge=1, le=1024)
+    cpus_per_worker: int = option(2, "CPU cores per worker.", kinds=RAY, ge=1, le=1024)
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = option(
         None,
-        "GPUs of a worker, such as 2 with model.device_map=auto, or 0.5 to share one; null takes one if there "
-        "are any.",
+        "GPUs per worker, such as 2 with model.device_map=auto, or 0.5 to share one; null uses one if there are "
+        "any.",
         kinds=RAY,
     )
     address: Text | None = option(
         None,
-        "A Ray cluster: auto joins the one that this machine belongs to, HOST:PORT another; null starts Ray on this "
-        "machine and stops it afterwards.",
+        "Ray cluster to join: auto (the one this machine belongs to) or HOST:PORT; null starts Ray on this machine "
+        "and stops it at the end.",
         kinds=RAY,
     )
     object_store: int = option(
-        1024, "MiB of memory for results in transit, where Ray is started on this machine.", kinds=RAY, ge=80
+        1024, "Size in MiB of the object store of a Ray that is started on this machine.", kinds=RAY, ge=80
     )
 
 
@@ -118,13 +119,13 @@ class TraceOptions(Options):
 
     step: Step = option(
         "writes",
-        "Which attention belongs to a word: that of the step that writes it, whose outcome the word is (writes), or "
-        "that of the step that reads it to write the next (reads, as query_token=answer_first and answer_mean).",
+        "Attention to show for a token: that of the forward pass that predicts it (writes), or that of the pass "
+        "that reads it to predict the next (reads, as query_token=answer_first and answer_mean).",
     )
     keep: Keep = option(
         "heads",
-        "What is kept of each token of the answer: the map of each chosen head (heads), their mean alone (mean), or "
-        "the maps of all heads as well, which may take gigabytes (all).",
+        "Maps to keep for each answer token: of each chosen head (heads), only their mean (mean), or of all heads "
+        "as well, which may take gigabytes (all).",
     )
 
 
@@ -142,23 +143,25 @@ class AblateOptions(Options):
     """Heads switched off, or steered (stage=ablate)."""
 
     counts: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Several, Field(min_length=1)] = (
-        option((0, 1, 2, 3, 5, 10), "How many heads of the list are switched off at a time.")
+        option((0, 1, 2, 3, 5, 10), "Numbers of heads, from the top of the list, to switch off at a time.")
     )
-    draws: int = option(5, "Random sets of as many heads of the same layers.", ge=1, le=100)
+    draws: int = option(
+        5, "Number of random sets, each of as many heads from the same layers, to compare with.", ge=1, le=100
+    )
     measure: Literal["answers", "boxes", "maps", "all"] = option(
         "all",
-        "What is measured: answers (those that are right), boxes (that the model writes itself), maps (of the heads "
-        "that stay on), or all that the entries and the model allow.",
+        "What is measured: answers (the share that is right), boxes (those that the model itself writes), maps "
+        "(those of the heads that stay on), or all that entries and model allow.",
     )
     how: Literal["zero", "mean"] = option(
-        "zero", "What a head that is switched off writes: zero, or its mean over the prompt."
+        "zero", "Output of a head that is switched off: zero, or its mean over the prompt."
     )
-    answer_tokens: int = option(8, "Tokens of an answer that are read, at most.", ge=1, le=256)
+    answer_tokens: int = option(8, "Maximum number of answer tokens.", ge=1, le=256)
     steer: bool = option(
         False,
-        "Steer the heads towards regions instead of switching them off: does the answer name what is there? Entries "
-        "have regions, each with its answer; of data=scenes, scenes of two objects are drawn.",
+        "Steer the heads towards regions instead of switching them off: does the answer name what is there? Each "
+        "entry has regions with their answers; with data=scenes, scenes of two objects are drawn.",
     )
     strength: float = option(
-        4.0, "Of steering: what is added to the heads' logits on the region.", ge=-100, le=100
+        4.0, "For steering: bias added to the heads' attention logits inside the region.", ge=-100, le=100
     )
