@@ -285,11 +285,11 @@ def test_each_layer_is_captured_on_its_own_device() -> None:
         ) as recorder:
             run(2, 3, past_key_values=prefix.cache(2, 7), use_cache=True)
         assert devices(recorder.rows) == places
-        with capture(modules, query=Query(past=7, answers=2), num_tokens=10) as recorder:
+        with capture(modules, query=Query(past=7, answer_tokens=2), num_tokens=10) as recorder:
             cache = prefix.cache(2, 7, grows=True)
             run(2, 3, past_key_values=cache, use_cache=True)
             for _ in range(2):
                 recorder.unfinished = torch.ones(2, dtype=torch.bool, device="cpu:1")  # where the logits are
                 recorder.counted = torch.ones(2, 2, dtype=torch.bool)
                 run(2, 1, past_key_values=cache, use_cache=True)
-        assert devices({layer: mean for layer, (mean, _) in recorder.answers.items()}) == places
+        assert devices({layer: mean for layer, (mean, _) in recorder.answer_means.items()}) == places

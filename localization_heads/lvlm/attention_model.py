@@ -90,7 +90,7 @@ class AttentionModel(ModelWithProcessor):
         tokenizer, decodes = self.processor.tokenizer, self.model.config.is_encoder_decoder
         if self.reads_answer:
             last = Query() if decodes else find_query("last", prompts, inputs, tokenizer)
-            return last._replace(answers=self.max_answer_tokens)
+            return last._replace(answer_tokens=self.max_answer_tokens)
         if not decodes:
             with self._tokenizing:
                 return find_query(self.query_token, prompts, inputs, tokenizer, self.dropped_token)
@@ -134,9 +134,9 @@ class AttentionModel(ModelWithProcessor):
             return self._read_span_attention(make_inputs, query, expressions, last_layer)
         recorder = self.answer_recorder()
         rows = self.capture_rows(make_inputs(), query, last_layer, recorder)
-        if query.answers is None:
+        if query.answer_tokens is None:
             return map(SampleAttention, rows)
-        answers = recorder.answers(self.processor.tokenizer, query.answers)
+        answers = recorder.answers(self.processor.tokenizer, query.answer_tokens)
         return starmap(
             SampleAttention, zip(rows, recorder.mean_rows or [None] * len(rows), answers, strict=True)
         )
@@ -151,14 +151,14 @@ class AttentionModel(ModelWithProcessor):
         first = self.answer_recorder()
         with memory_errors(), mismatch_errors(self.name), torch.inference_mode():
             self.run(make_inputs(), query, first)
-        token_ids = first.token_ids(query.answers)
+        token_ids = first.token_ids(query.answer_tokens)
         mask = self._span_mask(token_ids, expressions)
         length = mask.shape[1]
         second = self.answer_recorder(token_mask=mask)
-        rows = self.capture_rows(make_inputs(), query._replace(answers=length), last_layer, second)
+        rows = self.capture_rows(make_inputs(), query._replace(answer_tokens=length), last_layer, second)
         if second.token_ids(length) != [ids[:length] for ids in token_ids]:
             raise WorkError(f"{self.name} does not answer the same twice: use query_token=answer_mean")
-        answers = first.answers(self.processor.tokenizer, query.answers)
+        answers = first.answers(self.processor.tokenizer, query.answer_tokens)
         return starmap(SampleAttention, zip(rows, second.mean_rows, answers, strict=True))
 
     def _span_mask(self, token_ids: Sequence[Sequence[int]], expressions: Sequence[str]) -> Tensor:
@@ -195,7 +195,7 @@ class AttentionModel(ModelWithProcessor):
         """Attention rows `[layer, head, key]` per sample, fp32 on the CPU. Layers that do not see the image are zero.
 
         Args:
-            recorder: receives the answers and the mean rows of their tokens. Required if `query.answers` is set.
+            recorder: receives the answers and the mean rows of their tokens. Required if `query.answer_tokens` is set.
         """
         stop = last_layer
         if stop is None and query.step == 0:
@@ -209,7 +209,7 @@ class AttentionModel(ModelWithProcessor):
             torch.inference_mode(),
             capture(self.attention_modules, stop, query, num_tokens) as attention,
         ):
-            if recorder is not None and query.answers is not None:
+            if recorder is not None and query.answer_tokens is not None:
                 recorder.attention, attention.counted = attention, recorder.token_mask
             self.run(inputs, query, recorder)
         rows = {layer: attention.rows.pop(layer).cpu() for layer in list(attention.rows)}
@@ -219,7 +219,7 @@ class AttentionModel(ModelWithProcessor):
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
             )
-        if recorder is not None and query.answers is not None:
+        if recorder is not None and query.answer_tokens is not None:
             recorder.mean_rows = self._mean_answer_rows(attention)
         return list(self._stack_layers(rows))
 
@@ -233,7 +233,7 @@ class AttentionModel(ModelWithProcessor):
 
     def _mean_answer_rows(self, attention: Recorder) -> list[Tensor | None]:
         """The mean row of each sample's answer tokens, `[layer, head, key]`; None for an empty answer."""
-        if not (answers := attention.answers):
+        if not (answers := attention.answer_means):
             return []
         counts = next(iter(answers.values()))[1].tolist()
         stacked = self._stack_layers({layer: mean.cpu() for layer, (mean, _) in answers.items()})
@@ -246,8 +246,8 @@ class AttentionModel(ModelWithProcessor):
         it and predicts the next one.
         """
         pad = self.processor.tokenizer.pad_token_id
-        if query.answers is not None:
-            recorder, num_tokens = recorder or self.answer_recorder(), query.answers + 1
+        if query.answer_tokens is not None:
+            recorder, num_tokens = recorder or self.answer_recorder(), query.answer_tokens + 1
             if "past_key_values" in inputs:
                 generate_from_cache(self.model, inputs, num_tokens, recorder)
             else:

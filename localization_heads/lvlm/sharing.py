@@ -129,7 +129,7 @@ class EncodedImage:
         """The model's part of `attend`, with each expression worded as it was prepared."""
         if not prompts:
             return []
-        answers = prompts[0].query.answers is not None
+        answers = prompts[0].query.answer_tokens is not None
         prefix, start = self._shared_prefix(prompts, last_layer, generates=answers)
         if prefix is None:
             expressions = [prompt.expression for prompt in prompts]
@@ -157,7 +157,7 @@ class EncodedImage:
             else:
                 inputs = self._suffix_inputs(group, prefix, start, generates=True)
             with mismatch_errors(lvlm.name), torch.inference_mode():
-                lvlm.run(inputs, Query(answers=max_tokens), recorder)
+                lvlm.run(inputs, Query(answer_tokens=max_tokens), recorder)
             return recorder.answers(lvlm.processor.tokenizer, max_tokens)
 
         return run(prompts) if prefix is None else _by_length(prompts, run)
@@ -228,7 +228,9 @@ class EncodedImage:
             generates: the model generates after the prompts, or reads them up to the LM head: that takes all layers.
             answer_tokens: length of an answer that is generated without capturing its attention.
         """
-        longest = max((len(one.ids) + (one.query.answers or answer_tokens) for one in prompts), default=0)
+        longest = max(
+            (len(one.ids) + (one.query.answer_tokens or answer_tokens) for one in prompts), default=0
+        )
         if not prompts or longest > max_shareable_length(self.lvlm.model.config):
             return None, -1
         prefix = self.encode(None if generates else last_layer)
@@ -249,7 +251,7 @@ class EncodedImage:
         query = batch_queries([(prompt.query, len(prompt.ids)) for prompt in prompts], start)
 
         def make_inputs() -> dict[str, Any]:
-            return self._suffix_inputs(prompts, prefix, start, generates=query.answers is not None)
+            return self._suffix_inputs(prompts, prefix, start, generates=query.answer_tokens is not None)
 
         expressions = [prompt.expression for prompt in prompts]
         samples = self.lvlm.read_attention(make_inputs, query, expressions, last_layer)

@@ -121,7 +121,7 @@ def trace_answer(
     attention = StepRecorder(modules, kept_heads, reader, max_new_tokens, num_tokens)
     answer = lvlm.answer_recorder()
     with mismatch_errors(lvlm.name), torch.inference_mode(), recording(attention):
-        lvlm.run(inputs, Query(answers=max_new_tokens), answer)
+        lvlm.run(inputs, Query(answer_tokens=max_new_tokens), answer)
     (ids,) = answer.token_ids(max_new_tokens)
     steps = attention.steps[: len(ids) + 1]
     if len(steps) <= len(ids) or any(len(step) < len(kept_heads) for step in steps):

@@ -140,9 +140,9 @@ def _describe_query(lvlm: LVLM, query: Query, length: int) -> str:
     kind = f"query_token={lvlm.query_token}"
     if query.step:
         return f"{kind}: the first token of the answer, which follows the prompt"
-    if query.answers:
+    if query.answer_tokens:
         also = "" if lvlm.reads_only_answer else f"token {length - 1} of 0-{length - 1}, and "
-        return f"{kind}: {also}up to {query.answers} tokens of the answer, which follows the prompt"
+        return f"{kind}: {also}up to {query.answer_tokens} tokens of the answer, which follows the prompt"
     if lvlm.model.config.is_encoder_decoder:
         return f"{kind}: the decoder's first token; the prompt is read by the encoder"
     return f"{kind}: token {ranges(_positions(query, length))} of 0-{length - 1}"
@@ -172,7 +172,7 @@ def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
             yield Piece(tokenizer.decode(run, clean_up_tokenization_spaces=False), name)
     if query.step:
         yield Piece("(first token of the answer)", "query")
-    elif query.answers:
+    elif query.answer_tokens:
         yield Piece("(tokens of the answer)", "query")
 
 
@@ -208,7 +208,7 @@ def _unplaced(lvlm: LVLM, ids: Sequence[int], views: Sequence[View]) -> int:
 
 
 def _check_capture(lvlm: LVLM, inputs: dict[str, Any], query: Query, compare: bool | None) -> Check:
-    if query.answers:  # the first of the answer's tokens represents them all
+    if query.answer_tokens:  # the first of the answer's tokens represents them all
         query = Query(step=1)
     if compare is None:
         compare = lvlm.num_parameters <= MAX_COMPARED_PARAMETERS

@@ -33,15 +33,15 @@ class Query(NamedTuple):
         weights: (B, n), the weight of each position's row; those of a sample sum to one. None where n is 1.
         step: which call of each layer is recorded: 0 the prefill, 1 the first decoding step.
         past: number of tokens read before, whose keys come first; positions count from there.
-        answers: None generates nothing. A number has the model answer: the rows of as many tokens of its answer, at
-            most, are averaged while they are read, and it is heard what the model says. 0 only hears its first word.
+        answer_tokens: None generates nothing. Otherwise the model generates an answer, and the rows of up to this many
+            of its tokens are averaged; 0 only generates the first token.
     """
 
     positions: Tensor | None = None
     weights: Tensor | None = None
     step: int = 0
     past: int = 0
-    answers: int | None = None
+    answer_tokens: int | None = None
 
     def on(self, device: torch.device) -> Query:
         """The same with positions and weights there, so that no layer waits for them."""
@@ -223,7 +223,7 @@ class Recorder:
         self._calls: Counter[int] = Counter()
 
     @property
-    def answers(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def answer_means(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, the mean row of the answer's tokens (B, H, T), and how many there were (B,): 0 makes zeros."""
         pairs = {layer: (sums, self._counts[layer]) for layer, sums in self._sums.items()}
         return {layer: (sums / n.clamp(min=1)[:, None, None], n) for layer, (sums, n) in pairs.items()}
@@ -249,13 +249,13 @@ class Recorder:
             if layer == self.stop_after:
                 raise StopForward
             return
-        last = self.query.answers or self.query.step
+        last = self.query.answer_tokens or self.query.step
         if self.stop_after is None or layer <= self.stop_after:
             if call == self.query.step:
                 self.rows[layer] = row_of(self.query)
-            elif self.query.answers and call <= last:
+            elif self.query.answer_tokens and call <= last:
                 self._add(layer, call, row_of(LAST_TOKEN))
-        if layer == self.stop_after and call == last and self.query.answers != 0:
+        if layer == self.stop_after and call == last and self.query.answer_tokens != 0:
             raise StopForward
 
     def _add(self, layer: int, call: int, row: Tensor) -> None:

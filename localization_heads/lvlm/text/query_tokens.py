@@ -35,7 +35,7 @@ def find_query(
     Args:
         kind: `last` (the paper's: the last prompt token), `expression_end` (the last token of the expression,
             without its full stop), `expression_mean` (the mean over its tokens) or `answer_first` (the first token of
-            the answer). The kinds that read the whole answer are passed as `last`, with `Query.answers` set.
+            the answer). The kinds that read the whole answer are passed as `last`, with `Query.answer_tokens` set.
         inputs: the processor's output for the prompts, padded on either side.
         dropped_token: an id that was deleted from the inputs.
 
@@ -83,9 +83,9 @@ def batch_queries(queries: Sequence[tuple[Query, int]], past: int) -> Query:
     (tensor([[2],
             [1]]), None)
     """
-    answers = queries[0][0].answers
-    if answers is not None:  # these prompts are of equal length, and their query is the last token
-        return Query(past=past, answers=answers)
+    answer_tokens = queries[0][0].answer_tokens
+    if answer_tokens is not None:  # these prompts are of equal length, and their query is the last token
+        return Query(past=past, answer_tokens=answer_tokens)
     positions = [[length - 1] if q.positions is None else q.positions[0].tolist() for q, length in queries]
     weights = [[1.0] if q.weights is None else q.weights[0].tolist() for q, _ in queries]
     n = max(len(row) for row in positions)
