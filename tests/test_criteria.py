@@ -14,7 +14,7 @@ from small_maps import flood
 from localization_heads.cells import label_components
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import (
-    BLOCK,
+    BLOCK_CELLS,
     _measure,
     attention_sum,
     attention_sum_threshold,
@@ -328,7 +328,7 @@ class TestSpatialEntropy:
         rng = np.random.default_rng(7)
         stack = ndimage.gaussian_filter(rng.random((600, 24, 24)), (0, 1, 1)).astype(np.float32)
         stack *= np.float32(10.0) ** rng.integers(-9, 1, (600, 1, 1)).astype(np.float32)
-        assert stack.size > BLOCK
+        assert stack.size > BLOCK_CELLS
         for options in (CriteriaOptions(), CriteriaOptions("mass", 1e-4), CriteriaOptions("mass", means=1.5)):
             whole = head_statistics(stack, options)
             for index in range(0, 600, 7):

@@ -1,10 +1,9 @@
-"""The two criteria that tell localization heads from the rest (Sec. 4 of the paper), for all heads at once.
+"""The two criteria that separate localization heads from the rest (Sec. 4 of the paper), for all heads at once.
 
-Criterion 1 asks how much a head looks at the image at all (attention sum), criterion 2 whether it looks at
-few places (spatial entropy). `head_statistics` measures both in one pass over a stack of maps `[..., h, w]`, whose
-components OpenCV labels together; the functions beside it give one of its numbers each. The readings of the
-published code that differ from the paper are named options, collected in `CriteriaOptions`; the defaults are the
-paper's.
+Criterion 1 is how much a head attends to the image at all (attention sum), criterion 2 whether it attends to few
+places (spatial entropy). `head_statistics` computes both in one pass over a stack of maps `[..., h, w]`;
+`attention_sum` and `spatial_entropy` return one of them. The defaults are the paper's; where the published code
+differs, its variant is a named option of `CriteriaOptions`.
 """
 
 from __future__ import annotations
@@ -21,16 +20,20 @@ from localization_heads.cells import label_separated
 from localization_heads.errors import ArgumentError, NotFiniteError
 from localization_heads.options.groups import CriteriaOptions, Threshold, Weight
 
-BLOCK = 1 << 17
-"""Cells that are measured together: as many as a processor's cache holds with all that is made of them."""
+BLOCK_CELLS = 1 << 17
+"""Cells that are processed together, so that all intermediate arrays fit into a processor's cache."""
 
 
 @dataclass(frozen=True)
 class HeadStatistics:
-    """What the criteria say of every head in one sample. Every array is `[layer, head]`, or as the maps are stacked.
+    """The criteria of every head in one sample. Every array is `[layer, head]`, or has the shape of the stack of maps.
 
-    `attention_sum` and both entropies are float32 (in nats, as `spatial_entropy` has them), `num_components` int64,
-    `bottom_row_focus` bool. `weight` says which entropy counts.
+    Args:
+        attention_sum: criterion 1.
+        area_entropy, mass_entropy: criterion 2 in nats, with components weighted by area and by mass.
+        num_components: 8-connected components of the binarised map.
+        bottom_row_focus: the published code's flag for a map whose bottom row is active.
+        weight: which of the entropies is `spatial_entropy`.
     """
 
     attention_sum: NDArray[np.float32]
@@ -52,11 +55,10 @@ def head_statistics(
 
     Args:
         attention: `[layer, head, h, w]`, or any stack `[..., h, w]`.
-        options: `threshold`, `means` and `bottom_row_above` matter here, and `entropy` says which of the two
-            counts; the rest belongs to the ranking.
+        options: `threshold`, `means`, `bottom_row_above` and `entropy` are used; the others belong to the ranking.
 
     Raises:
-        NotFiniteError: for a NaN or infinite map; the sample is unusable, not merely its worst head.
+        NotFiniteError: for a NaN or infinite map, which makes the whole sample unusable.
 
     >>> statistics = head_statistics(np.ones((32, 32, 24, 24)) / 1152)
     >>> statistics.attention_sum.shape, float(statistics.attention_sum[0, 0]), float(statistics.spatial_entropy[0, 0])
@@ -65,8 +67,10 @@ def head_statistics(
     options = options or CriteriaOptions()
     *stack, height, width = _as_maps(attention).shape
     maps = attention.reshape(-1, height, width)
-    step = max(1, BLOCK // (height * width))
-    blocks = [_measure(maps[start : start + step], options) for start in range(0, max(1, len(maps)), step)]
+    step = max(1, BLOCK_CELLS // (height * width))
+    blocks = [
+        _block_statistics(maps[start : start + step], options) for start in range(0, max(1, len(maps)), step)
+    ]
     parts = zip(*blocks, strict=True)
     sums, area, mass, counts, focus = (np.concatenate(part).reshape(stack) for part in parts)
     return HeadStatistics(
@@ -80,7 +84,7 @@ def head_statistics(
 
 
 def attention_sum(maps: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """`S = sum_i a[i]` over the image tokens (criterion 1, Sec. 4.1), summed in float64.
+    """`S = sum_i a[i]` over the image tokens (criterion 1, Sec. 4.1), accumulated in float64.
 
     Args:
         maps: attention `[..., h, w]`, not renormalised over the image, so 0 <= S <= 1.
@@ -91,14 +95,14 @@ def attention_sum(maps: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     >>> float(attention_sum(np.array([[0.25, 0.0], [0.125, 0.125]])))
     0.5
     """
-    sums, _ = _excess(maps)
+    sums, _ = _sum_and_excess(maps)
     return sums.astype(np.float32)
 
 
 def elbow(values: ArrayLike) -> float:
-    """`tau`: the sorted value farthest from the straight line between the smallest and the largest.
+    """`tau` of criterion 1 (Sec. 4.1, App. A): the elbow of the sorted values.
 
-    Keeping `value >= elbow(values)` is criterion 1 (Sec. 4.1, App. A).
+    It is the value with the largest distance to the chord from the smallest to the largest value.
 
     >>> elbow([0.0, 0.1, 0.2, 1.0])
     0.2
@@ -108,7 +112,7 @@ def elbow(values: ArrayLike) -> float:
 
 
 def elbow_index(values: ArrayLike) -> int:
-    """Position of the elbow in the ascending order of the values, from 0.
+    """Index of the elbow in the ascending order of the values, from 0.
 
     >>> elbow_index([0.0, 0.1, 0.2, 1.0])
     2
@@ -117,35 +121,34 @@ def elbow_index(values: ArrayLike) -> int:
 
 
 def head_at_elbow(sums: NDArray[np.floating[Any]]) -> int:
-    """Flat index `layer * H + head` of the head that stands at the elbow; of equal sums the first stands first.
+    """Flat index `layer * H + head` of the head at the elbow; equal sums are sorted by that index.
 
-    >>> head_at_elbow(np.array([[0.9, 0.0], [0.1, 0.2]]))  # sorted 0, 0.1, 0.2, 0.9: the elbow is 0.2, of the last head
+    >>> head_at_elbow(np.array([[0.9, 0.0], [0.1, 0.2]]))  # sorted 0, 0.1, 0.2, 0.9: the elbow is 0.2
     3
     """
     return int(np.argsort(sums, axis=None, kind="stable")[elbow_index(sums)])
 
 
 def _elbow_of_sorted(ordered: NDArray[np.float64]) -> int:
-    """`argmax_i |(n-1)(v_i - v_0) - i(v_{n-1} - v_0)|`, the first if several; 0 where there is no bend.
+    """`argmax_i |(n-1)(v_i - v_0) - i(v_{n-1} - v_0)|`, the first if tied; 0 if there is no bend.
 
-    This is the vertical distance to the chord, times n-1. The perpendicular distance is the vertical one
-    times the cosine of the chord's slope, a constant, so both have the same argmax, and scaling either axis
-    changes nothing. Fewer than three values, equal values and values on a straight line have no bend: the
-    smallest is returned so that nothing is dropped.
+    This is the vertical distance to the chord, times n-1. The perpendicular distance differs from it by a constant
+    factor, the cosine of the chord's slope, so both have the same argmax. Fewer than three values, equal values and
+    values on a straight line have no bend: the index of the smallest is returned, so that no head is dropped.
     """
     last = len(ordered) - 1
     rise = ordered[-1] - ordered[0]
     distance = np.abs(last * (ordered - ordered[0]) - np.arange(last + 1) * rise)
     index = int(np.argmax(distance))
-    # Values on a line are off it by rounding only, and rounding must not choose a threshold.
+    # Values on a straight line differ from it by rounding, which must not choose a threshold.
     return index if distance[index] > 1e-9 * last * rise else 0
 
 
 def attention_sum_threshold(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> float:
-    """`tau` of criterion 1: the elbow of the sums `[layer, head]` of the layers that are not excluded, or of all.
+    """`tau` of criterion 1: the elbow of the sums `[layer, head]`, without the excluded layers or over all.
 
     Args:
-        options: `exclude_layers` and `elbow_heads` matter here.
+        options: `exclude_layers` and `elbow_heads` are used.
 
     >>> sums = np.array([[9.0, 9.0], [9.0, 9.0], [0.0, 0.125], [0.25, 1.0]])
     >>> attention_sum_threshold(sums)
@@ -157,7 +160,7 @@ def attention_sum_threshold(sums: NDArray[np.floating[Any]], options: CriteriaOp
 
 
 def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
-    """ArgumentError if no layer is left to choose heads from."""
+    """ArgumentError if all layers are excluded."""
     if criteria.exclude_layers >= num_layers:
         raise ArgumentError(
             f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers"
@@ -165,10 +168,10 @@ def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
 
 
 def keep_heads(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> NDArray[np.bool_]:
-    """Criterion 1: the heads with `S >= tau` outside the excluded layers, tau being fixed or the elbow of the sums.
+    """Criterion 1: the heads with `S >= tau` outside the excluded layers; tau is given or the elbow of the sums.
 
-    Under `elbow="index"` (the published code of June 2025) it keeps the heads whose flat index `layer * H + head` is
-    at least that of the head at the elbow of *all* heads, whatever their own sums; it has no tau.
+    With `elbow="index"` (the published code of June 2025) there is no tau: heads are kept from the flat index
+    `layer * H + head` of the head at the elbow of *all* heads on, whatever their sums.
 
     Args:
         sums: attention sums `[layer, head]`, of one sample or averaged over several.
@@ -191,13 +194,13 @@ def keep_heads(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None 
 
 
 def binarise(maps: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> NDArray[np.bool_]:
-    """`A > means * mean(A)`, each map by its own mean; or `relu(A - means * mean(A)) > threshold` for a number.
+    """Positive cells of each map: `A > means * mean(A)`, or `relu(A - means * mean(A)) > threshold` for a number.
 
     The comparison is strict, so a constant map has no positive cell.
 
     Args:
         maps: `[..., h, w]`.
-        options: `threshold` and `means` matter here.
+        options: `threshold` and `means` are used.
 
     Returns:
         bool `[..., h, w]`.
@@ -211,8 +214,8 @@ def binarise(maps: NDArray[np.floating[Any]], options: CriteriaOptions | None = 
     [[False, False], [False, False]]
     """
     options = options or CriteriaOptions()
-    _, excess = _excess(maps, options.means)
-    return np.asarray(excess[..., :-1, :] > _limit(options.threshold))
+    _, excess = _sum_and_excess(maps, options.means)
+    return np.asarray(excess[..., :-1, :] > _numeric_threshold(options.threshold))
 
 
 def spatial_entropy(
@@ -224,17 +227,17 @@ def spatial_entropy(
 ) -> NDArray[np.float32]:
     """`H = -sum_i p_i ln p_i` over the 8-connected components (criterion 2, Sec. 4.2, App. B).
 
-    With `weight="area"`, `p_i = |C_i| / sum_j |C_j|`. With `"mass"` (published code), `p_i` is the
-    component's `sum relu(A - means * mean)` over that of the whole map; under a numeric threshold these shares need
-    not add up to 1, and a map whose positive cells all stay below it has no share at all: H is 0 there.
+    With `weight="area"`, `p_i = |C_i| / sum_j |C_j|`. With `"mass"` (published code), `p_i` is the component's
+    `sum relu(A - means * mean)` divided by that of the whole map. Under a numeric threshold these shares need not add
+    up to 1, and H is 0 if no cell exceeds the threshold.
 
     Args:
-        maps: attention `[..., h, w]`; the entropy does not change if a map is scaled.
+        maps: attention `[..., h, w]`; scaling a map does not change its entropy.
 
     Returns:
-        float32 `[...]` in nats; 0 for one component, +inf where there is nothing to have a share of: no component
-        (area), no cell above `means` means (mass). Maps whose components have the same areas get the same bits
-        wherever the components lie, so that ties are ties.
+        float32 `[...]` in nats; 0 for one component, +inf if there is no component (area) or no cell above
+        `means * mean` (mass). Maps whose components have the same areas have bit-identical entropies, wherever the
+        components lie, so ties are exact.
 
     Raises:
         NotFiniteError: for a NaN or infinite map.
@@ -249,32 +252,34 @@ def spatial_entropy(
     return head_statistics(maps, options).spatial_entropy
 
 
-def _measure(maps: NDArray[np.floating[Any]], options: CriteriaOptions) -> tuple[NDArray[Any], ...]:
-    """Attention sum, area entropy, mass entropy, number of components and bottom-row flag of maps `(n, h, w)`."""
+def _block_statistics(maps: NDArray[np.floating[Any]], options: CriteriaOptions) -> tuple[NDArray[Any], ...]:
+    """Attention sum, both entropies (area, mass), number of components and bottom-row flag, each `(n,)`."""
     n, height, width = maps.shape
-    sums, excess = _excess(maps, options.means)
-    # Inactive in one row more below each map and one cell more before each row, which keep maps and rows apart.
+    sums, excess = _sum_and_excess(maps, options.means)
+    # An inactive row below each map and an inactive column at its left separate components of adjacent maps and rows.
     active = np.zeros((n, height + 1, width + 1), dtype=np.bool_)
-    active[..., 1:] = excess > _limit(options.threshold)
+    active[..., 1:] = excess > _numeric_threshold(options.threshold)
     active[:, -1] = False
-    owner, areas, masses = _components(active, excess)
+    map_of, areas, masses = _components(active, excess)  # (components,)
 
-    # Above the mean, the components hold all excess that is positive.
-    at_mean = options.threshold == "mean"
-    whole = _added(masses, owner, n) if at_mean else np.maximum(excess[:, :-1], 0).sum(axis=(1, 2))
+    total_area = _group_sums(areas, map_of, n)
+    if options.threshold == "mean":  # then the components hold all the positive excess
+        total_mass = _group_sums(masses, map_of, n)
+    else:
+        total_mass = np.maximum(excess[:, :-1], 0).sum(axis=(1, 2))
     above = options.bottom_row_above
     focus = active[:, -2, 1:].all(axis=1) if above is None else (maps[:, -1] > above).any(axis=1)
-    entropies = _entropy(areas, _added(areas, owner, n), owner), _entropy(masses, whole, owner)
-    return sums, *entropies, np.bincount(owner, minlength=n), np.asarray(focus)
+    entropies = _entropy(areas, total_area, map_of), _entropy(masses, total_mass, map_of)
+    return sums, *entropies, np.bincount(map_of, minlength=n), np.asarray(focus)
 
 
-def _excess(
+def _sum_and_excess(
     maps: NDArray[np.floating[Any]], means: float = 1.0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The sum of each map, `[...]`, and `A - means * mean(A)`, `[..., h + 1, w]`; both are computed in float64.
+    """The sum of each map, `[...]`, and its excess `A - means * mean(A)`, `[..., h + 1, w]`, in float64.
 
-    The row more below each map takes away what the columns above it add up to. So the integral image of maps one
-    below the other begins at 0 with each of them, and loses no digits of a faint map that follows a strong one.
+    The extra row of the excess is minus the sum of the columns above it. So the integral image of a column of maps is 0
+    again at the start of each map, and a faint map loses no precision to a strong one before it.
     """
     maps = _as_maps(maps)
     *stack, height, width = maps.shape
@@ -282,64 +287,70 @@ def _excess(
     excess[..., :-1, :] = maps
     columns = np.ones(height) @ excess[..., :-1, :]
     sums = columns.sum(axis=-1)
-    if not np.isfinite(sums).all():  # so exactly if all cells are: one look per map instead of one per cell
+    if not np.isfinite(sums).all():  # exactly if all cells are, and cheaper to test
         raise NotFiniteError
-    # A rounded mean may fall an ulp below the smallest cell, and a constant map would be active everywhere.
-    taken = means * np.maximum(sums / (height * width), maps.min(axis=(-2, -1)))
+    # Rounding may put the mean an ulp below the smallest cell, which would make a constant map active everywhere.
+    reference = means * np.maximum(sums / (height * width), maps.min(axis=(-2, -1)))
     excess[..., -1, :] = 0
-    excess -= taken[..., None, None]
-    excess[..., -1, :] = height * taken[..., None] - columns
+    excess -= reference[..., None, None]
+    excess[..., -1, :] = height * reference[..., None] - columns
     return sums, excess
 
 
 def _components(
     active: NDArray[np.bool_], excess: NDArray[np.float64]
 ) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
-    """The map, the area and the mass of every component, in the order of the labels.
+    """The index of its map, the area and the mass of every component, each `(components,)`, in the order of the labels.
 
-    Both are added up over runs, the neighbouring active cells of one row: far fewer than cells. Between the ends of
-    a run lies its area, and between what an integral image has there its mass.
+    Area and mass are summed over runs of adjacent active cells in a row, which are far fewer than cells: a run's area
+    is the difference of its two ends, its mass the difference of the row's cumulative sum at these.
 
     Args:
-        active: `(n, h + 1, w + 1)`, inactive in the last row and the first column of each map.
-        excess: `(n, h + 1, w)`, as `_excess` has it.
+        active: bool `(n, h + 1, w + 1)`, inactive in the last row and the first column of each map.
+        excess: `(n, h + 1, w)`, from `_sum_and_excess`.
     """
     count, labels = label_separated(active)
     flat = active.ravel()
-    ends = np.flatnonzero(flat[1:] != flat[:-1])  # in turn: the place before a run, and the run's last
+    ends = np.flatnonzero(flat[1:] != flat[:-1])  # alternating: the cell before a run, and its last cell
     if not ends.size:
         return ends, np.zeros(0), np.zeros(0)
     integral = cv2.integral(excess.reshape(-1, excess.shape[-1]), sdepth=cv2.CV_64F).ravel()
-    upto = integral[active.shape[-1] :].take(ends) - integral.take(ends)  # the row's cells up to there
-    last = ends[1::2]
-    label = labels.ravel()[last].astype(np.intp)  # (runs,)
+    cumulative = integral[active.shape[-1] :].take(ends) - integral.take(ends)  # of the row, up to each end
+    last_cell = ends[1::2]
+    label = labels.ravel()[last_cell].astype(np.intp)  # (runs,)
 
-    def by_component(upto: NDArray[Any]) -> NDArray[np.float64]:
-        return _added(upto[1::2] - upto[::2], label, count)[1:]
+    def sum_of_runs(values: NDArray[Any]) -> NDArray[np.float64]:
+        return _group_sums(values[1::2] - values[::2], label, count)[1:]
 
-    place = np.empty(count, dtype=np.intp)
-    place[label] = last
-    return place[1:] // active[0].size, by_component(ends), by_component(upto)
+    cell_of = np.empty(count, dtype=np.intp)  # a cell of each component
+    cell_of[label] = last_cell
+    return cell_of[1:] // active[0].size, sum_of_runs(ends), sum_of_runs(cumulative)
 
 
 def _entropy(
-    parts: NDArray[np.float64], whole: NDArray[np.float64], owner: NDArray[np.intp]
+    parts: NDArray[np.float64], totals: NDArray[np.float64], map_of: NDArray[np.intp]
 ) -> NDArray[np.float64]:
-    """`-sum p ln p` over each map's parts, as shares of the map's whole `(n,)`; +inf where the whole is 0."""
-    # Sums in different orders: rounding makes a lone component's share exactly 1.
-    shares = np.round(parts / whole[owner], 12)
-    # Whole numbers: their sum does not depend on where the components lie, so that ties are ties.
+    """`-sum p ln p` over the components of each map, where p is a part's share of the map's total: `(n,)`.
+
+    Args:
+        parts: area or mass of every component, `(components,)`.
+        totals: of each map, `(n,)`; the entropy is +inf where it is 0.
+        map_of: index of the map of every component, `(components,)`.
+    """
+    # Part and total may be summed in different orders: after rounding, a single component's share is exactly 1.
+    shares = np.round(parts / totals[map_of], 12)
+    # The sum of integers does not depend on the order of the components, so ties are exact.
     terms = np.rint(special.xlogy(shares, shares) * 2.0**45)
-    entropy = np.abs(_added(terms, owner, len(whole))) / 2.0**45
-    return np.where(whole > 0, entropy, np.inf)
+    entropy = np.abs(_group_sums(terms, map_of, len(totals))) / 2.0**45
+    return np.where(totals > 0, entropy, np.inf)
 
 
-def _added(values: NDArray[Any], group: NDArray[np.intp], groups: int) -> NDArray[np.float64]:
-    """Sum of the values of each group: float64 `(groups,)`."""
-    return np.asarray(np.bincount(group, weights=values, minlength=groups), dtype=np.float64)
+def _group_sums(values: NDArray[Any], group: NDArray[np.intp], num_groups: int) -> NDArray[np.float64]:
+    """Sum of the values of each group: float64 `(num_groups,)`."""
+    return np.asarray(np.bincount(group, weights=values, minlength=num_groups), dtype=np.float64)
 
 
-def _limit(threshold: Threshold) -> float:
+def _numeric_threshold(threshold: Threshold) -> float:
     return 0.0 if threshold == "mean" else float(threshold)
 
 

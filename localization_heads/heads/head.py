@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from localization_heads.errors import shown
 
-_LONGEST = 40
+_MAX_LENGTH = 40
 _ADDRESS = re.compile(r"[Ll]?(\d{1,9})(?:\s*[-,:]\s*[Hh]?|\s+[Hh]?|[Hh])(\d{1,9})")
 
 
@@ -28,14 +28,14 @@ class Head(NamedTuple):
         >>> Head.parse("14-24") == Head.parse("L14 H24") == Head(14, 24)
         True
         """
-        match = _ADDRESS.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+        match = _ADDRESS.fullmatch(text.strip()) if len(text) <= _MAX_LENGTH else None
         if not match:
             raise ValueError(f"{shown(text)} names no head: write LAYER-HEAD, such as 14-24")
         return cls(int(match[1]), int(match[2]))
 
 
 def find_duplicate(heads: Iterable[Head]) -> Head | None:
-    """The first head that comes a second time.
+    """The first head that appears a second time; None if all are different.
 
     >>> find_duplicate([Head(1, 2), Head(3, 4), Head(1, 2)])
     Head(layer=1, head=2)

@@ -1,4 +1,4 @@
-"""One sample's verdict on every head: the rows of an analysis file, and the heads that this sample alone picks."""
+"""The criteria in a single sample: the heads that it selects, and the rows of its analysis file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ def greedy_heads(
     k: int,
     sensitivity: SensitivityStatistics | None = None,
 ) -> list[Head]:
-    """The `k` heads that both criteria pick in this sample alone (the paper's "greedy" ablation, Tab. 5).
+    """The `k` heads that both criteria select in this sample alone (the paper's "greedy" ablation, Tab. 5).
 
-    Fewer if fewer pass criterion 1 with a finite entropy, unless `options.fallback` names others.
+    Fewer if fewer pass criterion 1 with a finite entropy, unless `options.fallback` adds others.
 
     Args:
-        sensitivity: of this sample; then the heads that pass come in the order of their sensitivity score, whatever
-            their entropy, and those that `options.fallback` names come after them.
+        sensitivity: of this sample: the heads that pass are then ordered by sensitivity score instead of entropy.
 
     >>> from localization_heads.heads.criteria import head_statistics
     >>> maps = np.zeros((4, 2, 3, 3))  # layer, head, row, column
@@ -39,19 +38,20 @@ def greedy_heads(
     >>> greedy_heads(head_statistics(maps), CriteriaOptions(), k=3)
     [Head(layer=3, head=1)]
     """
-    found = statistics
-    of_sample = partial(select_in_sample, found.attention_sum, found.spatial_entropy, found.bottom_row_focus)
+    select = partial(
+        select_in_sample, statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
+    )
     if sensitivity is None:
-        return of_sample(options, k)
-    passing = of_sample(replace(options, fallback="none"), found.attention_sum.size)
-    every = of_sample(options, found.attention_sum.size)  # and those of the fallback behind them
-    return [*sorted(passing, key=partial(_stays, sensitivity)), *every[len(passing) :]][:k]
+        return select(options, k)
+    passing = select(replace(options, fallback="none"), statistics.attention_sum.size)
+    with_fallback = select(options, statistics.attention_sum.size)
+    return [*sorted(passing, key=partial(_descending_score, sensitivity)), *with_fallback[len(passing) :]][:k]
 
 
-def _stays(statistics: SensitivityStatistics, head: Head) -> float:
-    """Less for a head that moves more; most where that is not known."""
-    sensitivity, consistency = (None if np.isnan(one[head]) else float(one[head]) for one in statistics)
-    score = sensitivity_score(sensitivity, consistency)
+def _descending_score(statistics: SensitivityStatistics, head: Head) -> float:
+    """Sort key for descending sensitivity scores, unknown ones last."""
+    values = (float(array[head]) for array in statistics)
+    score = sensitivity_score(*(None if math.isnan(value) else value for value in values))
     return math.inf if score is None else -round(score, 6)
 
 
@@ -61,9 +61,7 @@ def pick_own_heads(
     k: int,
     sensitivity: SensitivityStatistics | None = None,
 ) -> list[Head]:
-    """`greedy_heads` where a box has to come of them: at least one.
-
-    A sample without is not grounded, nowhere: it fails alone, and no metric counts it.
+    """`greedy_heads` to ground the sample with: at least one.
 
     Raises:
         NoHeadError: no head passes the criteria in this sample.
@@ -77,14 +75,14 @@ def pick_own_heads(
 
 
 def analysis_rows(statistics: HeadStatistics, options: CriteriaOptions) -> list[dict[str, Any]]:
-    """A row a head: those that pass criterion 1 first, then by spatial entropy; ties as everywhere (`options.ties`).
+    """One row per head: those that pass criterion 1 first, then by spatial entropy, with the usual tie rule.
 
-    So `analysis[:k]` holds heads that pass. Of these, heads that `options.bottom_row_filter` drops come last.
+    So `analysis[:k]` holds heads that pass; of these, the ones that `options.bottom_row_filter` drops come last.
     `above_threshold` says whether criterion 1 keeps the head in this sample; `head_idx` is `layer * H + head`.
     """
     kept = keep_heads(statistics.attention_sum, options)
     dropped = statistics.bottom_row_focus & options.bottom_row_filter
-    group = np.where(kept, np.where(dropped, 1, 0), 2).ravel()
+    group = np.where(kept, np.where(dropped, 1, 0), 2).ravel()  # sorted by group first
     order = entropy_order(statistics.attention_sum.ravel(), statistics.spatial_entropy.ravel(), options.ties)
     order = order[np.argsort(group[order], kind="stable")]
     return [_row(statistics, kept, Head(*divmod(index, kept.shape[1]))) for index in order.tolist()]
@@ -112,13 +110,13 @@ def select_by_entropy(
 ) -> list[Head]:
     """Criterion 2 in one sample: the `top_n` kept heads of lowest finite spatial entropy, best first.
 
-    Ties (many heads have entropy 0 on small grids) go to the higher attention sum of this sample, then the
-    lower layer, then the lower head; with `ties="order"` to the lower layer at once.
+    Ties (many heads have entropy 0 on small grids) go to the higher attention sum in this sample, then the lower
+    layer, then the lower head; with `ties="order"` directly to the lower layer and head.
 
     Args:
         sums: attention sums, `[layer, head]`.
         entropy: spatial entropies, `[layer, head]`.
-        kept: what criterion 1 keeps, `[layer, head]`.
+        kept: the heads that criterion 1 keeps, `[layer, head]`.
 
     Returns:
         At most `top_n` heads; fewer if fewer have a finite entropy.
@@ -130,7 +128,7 @@ def select_by_entropy(
     """
     allowed = (kept & np.isfinite(entropy)).ravel()
     order = entropy_order(sums.ravel(), entropy.ravel(), ties)
-    return _addresses(order[allowed[order]][:top_n], sums.shape[1])
+    return _to_heads(order[allowed[order]][:top_n], sums.shape[1])
 
 
 def select_in_sample(
@@ -140,14 +138,14 @@ def select_in_sample(
     options: CriteriaOptions,
     top_n: int,
 ) -> list[Head]:
-    """The `top_n` heads that one sample picks by both criteria, with its own elbow; best first.
+    """The `top_n` heads that one sample selects by both criteria, with its own elbow; best first.
 
     Args:
-        sums: attention sums, `[layer, head]`; likewise the others.
-        bottom_row: the flags that `options.bottom_row_filter` looks at.
+        sums, entropy: attention sums and spatial entropies, `[layer, head]`.
+        bottom_row: the flags for `options.bottom_row_filter`, `[layer, head]`.
 
     Returns:
-        Fewer heads where fewer pass, unless `options.fallback` names others.
+        Fewer heads if fewer pass, unless `options.fallback` adds others.
 
     >>> sums = np.array([[0.9, 0.1], [0.2, 0.8]])
     >>> options = CriteriaOptions(exclude_layers=0, tau=0.5, fallback="order")
@@ -163,30 +161,30 @@ def select_in_sample(
         others = [head for index in np.ndindex(sums.shape) if (head := Head(*index)) not in taken]
         return [*chosen, *others][:top_n]
     if options.fallback == "sum" and not chosen:
-        return _highest(sums, bottom_row, options)
+        return _highest_sum(sums, bottom_row, options)
     return chosen
 
 
-def _highest(
+def _highest_sum(
     sums: NDArray[np.floating[Any]], bottom_row: NDArray[np.bool_], options: CriteriaOptions
 ) -> list[Head]:
-    """The head of the highest sum in any layer; one above the elbow only if its bottom row is not in focus.
+    """The head with the highest sum in any layer, unless the bottom-row filter drops it.
 
-    The code of August 2025 looks at no bottom row below the elbow.
+    As in the code of August 2025, the filter only applies to heads above the elbow.
     """
     above = keep_heads(sums, replace(options, exclude_layers=0))
-    left_out = (above & bottom_row & options.bottom_row_filter).ravel()
+    dropped = (above & bottom_row & options.bottom_row_filter).ravel()
     order = np.argsort(-sums, axis=None, kind="stable")
-    return _addresses(order[~left_out[order]][:1], sums.shape[1])
+    return _to_heads(order[~dropped[order]][:1], sums.shape[1])
 
 
-def _addresses(flat: NDArray[np.intp], num_heads: int) -> list[Head]:
+def _to_heads(flat: NDArray[np.intp], num_heads: int) -> list[Head]:
     return [Head(*divmod(index, num_heads)) for index in flat.tolist()]
 
 
 def entropy_order(
     sums: NDArray[np.floating[Any]], entropies: NDArray[np.floating[Any]], ties: Ties = "sum"
 ) -> NDArray[np.intp]:
-    """Order of heads along the last axis by (entropy, higher sum, index): the tie rule in one place."""
+    """Indices that sort heads along the last axis by entropy, then by descending sum, then by index: the tie rule."""
     keys = (entropies,) if ties == "order" else (-sums, entropies)
-    return np.lexsort(keys, axis=-1)  # stable, so equal keys stay in layer, head order
+    return np.lexsort(keys, axis=-1)  # stable: equal keys stay in the order of layer and head

@@ -1,4 +1,4 @@
-"""A ranking of heads with its evidence: as a record, as JSON of unknown origin, and as people read it."""
+"""A ranking of heads with its evidence: the record, its JSON form (heads.json), and its table for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localization_heads.options.groups import CriteriaOptions, SensitivityOption
 
 
 class Fields:
-    """Typed access to a JSON object of unknown origin: anything unexpected is a `UsageError`."""
+    """Typed access to an untrusted JSON object: anything unexpected is a `UsageError`."""
 
     def __init__(self, data: object, where: str) -> None:
         if not isinstance(data, dict):
@@ -37,7 +37,7 @@ class Fields:
         return value
 
     def number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float | None:
-        """A finite number within the limits, or none."""
+        """A finite number within the limits, or None."""
         return None if self.get(name) is None else self.required_number(name, least, most)
 
     def number_if_given(self, name: str, least: float = -math.inf, most: float = math.inf) -> float | None:
@@ -68,35 +68,36 @@ class Fields:
 
 
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
-"""The options that `heads.json` keeps under `criteria`; the excluded layers stand beside them."""
-_SENSITIVITY = tuple(option.name for option in fields(SensitivityOptions))
-"""Those of them that it keeps only where sensitivity was asked for."""
+"""The options under `criteria` in `heads.json`; `exclude_layers` has a key of its own."""
+_SENSITIVITY_OPTIONS = tuple(option.name for option in fields(SensitivityOptions))
+"""Those of them that are only written if sensitivity is used."""
 
-ROWS = 15
-"""Of a ranking that people read."""
-NAMES = ("rank", "head", "selection frequency", "attention sum", "spatial entropy")
+MAX_ROWS = 15
+"""Of the table for people."""
+COLUMN_NAMES = ("rank", "head", "selection frequency", "attention sum", "spatial entropy")
 EVIDENCE = ("selection_frequency", "selection_frequency_std", "attention_sum", "spatial_entropy")
-"""Numbers of a head in every file."""
-MORE_EVIDENCE = ("score", "score_std", "sensitivity", "consistency")
-"""Those that `heads.json` has where they were measured."""
+"""Values of a head in every file."""
+OPTIONAL_EVIDENCE = ("score", "score_std", "sensitivity", "consistency")
+"""Values of a head in `heads.json` if they were measured."""
 Spread = Literal["draws", "bootstrap"]
-"""Where a standard deviation comes from: random draws of a pool, or resamples of a pool too small to draw from."""
+"""What a standard deviation is over: random draws from a pool, or resamples of a pool too small to draw from."""
 
 
 @dataclass(frozen=True)
 class RankedHead:
-    """One head with its evidence; averages are over the samples drawn.
+    """One head with its evidence; means are over the samples drawn.
 
     Args:
-        selection_frequency: share of the samples that marked it, averaged over the trials, 0 to 1.
+        selection_frequency: share of the samples that selected it, averaged over the trials, 0 to 1.
         selection_frequency_std: its (population) standard deviation over the trials, or over as many
             bootstrap resamples: `HeadRanking.spread` says which.
         attention_sum: mean attention sum.
-        spatial_entropy: mean over the samples where it is finite, in nats; none if there is no such sample.
-        kept: whether criterion 1 keeps it; of a ranking by labels, whether its layer is not left out.
-        score: mean score by labels (`heads.labels`), and `score_std` its deviation over draws; None without labels.
-        sensitivity: how far its map moves with the expression, 0 to 1, and `consistency`: the overlap with that of
-            the mirrored image (`heads.sensitivity`); None where that was not measured.
+        spatial_entropy: mean over the samples where it is finite, in nats; None if there is none.
+        kept: whether criterion 1 keeps it; in a ranking by labels, whether its layer is not excluded.
+        score: mean score by labels (`heads.labels`), and `score_std` its standard deviation over draws; None without
+            labels.
+        sensitivity: how much its map changes with the expression, 0 to 1, and `consistency`: its overlap with the map
+            of the mirrored image (`heads.sensitivity`); None if they were not measured.
     """
 
     layer: int
@@ -125,11 +126,13 @@ class RankedHead:
 class HeadRanking:
     """The heads of a model, best first, and the recipe that ranked them.
 
-    `heads` holds every head of the model, the kept ones first; read back from JSON, the kept ones only.
-    `tau` is the threshold of criterion 1 averaged over the trials (and over their samples, where each has its own);
-    none for `elbow="index"`, which has none.
-    `pictures` names the images that the heads were found on, so that they are not scored on them.
-    `found_with` says how the model was asked (`heads.ready`); None where that is not known.
+    Args:
+        heads: every head of the model, the kept ones first; after reading from JSON only the kept ones.
+        tau: threshold of criterion 1, averaged over the trials (and, with `per_sample`, over their samples); None for
+            `elbow="index"`, which has none.
+        spread: what the standard deviations are over.
+        pictures: keys of the images that the heads were found on, so that they are not evaluated on these.
+        found_with: how the model was prompted (`heads.ready`); None if unknown.
     """
 
     heads: tuple[RankedHead, ...]
@@ -183,7 +186,7 @@ class HeadRanking:
         return [head.address for head in self.kept[:k]]
 
     def csv_rows(self) -> Iterator[tuple[object, ...]]:
-        """A row a head, ranked from 1, in the order of `csv_header`; what is not known is empty."""
+        """One row per head, ranked from 1, in the order of `csv_header`; unknown values are empty."""
         for rank, head in enumerate(self.heads, start=1):
             yield rank, *(_cell(getattr(head, name)) for name in self.csv_header[1:])
 
@@ -224,8 +227,8 @@ class HeadRanking:
         if fields.integer("version", 1) != 1:
             raise UsageError(f"heads.json: version must be 1, not {shown(fields.values['version'])}")
         heads = tuple(_head_from_json(entry, number) for number, entry in enumerate(fields.sequence("heads")))
-        if twice := find_duplicate(head.address for head in heads):
-            raise UsageError(f"heads.json: {twice} is listed twice")
+        if duplicate := find_duplicate(head.address for head in heads):
+            raise UsageError(f"heads.json: {duplicate} is listed twice")
         return cls(
             heads=heads,
             tau=fields.number("tau"),
@@ -235,13 +238,13 @@ class HeadRanking:
             options=_options_from_json(fields),
             model=fields.text("model"),
             spread=_spread_from_json(fields),
-            pictures=_images_from_json(fields),
+            pictures=_pictures_from_json(fields),
             found_with=_found_with_from_json(fields),
         )
 
 
 def _found_with_from_json(fields: Fields) -> FoundWith | None:
-    """None in files of earlier versions and hand-made ones; what nobody here knows is passed over."""
+    """None in files of older versions and hand-made ones; unknown keys are ignored."""
     given = fields.values.get("found_with")
     if given is None:
         return None
@@ -249,8 +252,8 @@ def _found_with_from_json(fields: Fields) -> FoundWith | None:
     return {name: inner.text(name) for name in KEYS if inner.values.get(name) is not None}
 
 
-def _images_from_json(fields: Fields) -> tuple[str, ...]:
-    """None in files of earlier versions and hand-made ones."""
+def _pictures_from_json(fields: Fields) -> tuple[str, ...]:
+    """Empty for files of older versions and hand-made ones."""
     names = fields.sequence("pictures") if "pictures" in fields.values else []
     if not all(isinstance(name, str) for name in names):
         raise UsageError("heads.json: 'pictures' must be a list of texts")
@@ -284,13 +287,15 @@ def resting_heads(ranking: HeadRanking) -> tuple[RankedHead, ...]:
 def _options_to_json(options: CriteriaOptions) -> dict[str, Any]:
     with_sensitivity = options.sensitivity != "none"
     values = {
-        name: getattr(options, name) for name in _CRITERIA if with_sensitivity or name not in _SENSITIVITY
+        name: getattr(options, name)
+        for name in _CRITERIA
+        if with_sensitivity or name not in _SENSITIVITY_OPTIONS
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _head_to_json(head: RankedHead) -> dict[str, Any]:
-    values = {name: getattr(head, name) for name in (*EVIDENCE, *MORE_EVIDENCE)}
+    values = {name: getattr(head, name) for name in (*EVIDENCE, *OPTIONAL_EVIDENCE)}
     numbers = {name: None if value is None else _rounded(value) for name, value in values.items()}
     known = {name: value for name, value in numbers.items() if value is not None or name in EVIDENCE}
     return {"layer": head.layer, "head": head.head, **known}
@@ -313,7 +318,7 @@ def _head_from_json(entry: object, number: int) -> RankedHead:
 
 
 def _spread_from_json(fields: Fields) -> Spread:
-    """What the deviations are over; older files do not say, and draws are what the paper has."""
+    """What the standard deviations are over; older files do not say, and default to the paper's draws."""
     given = fields.values.get("spread", "draws")
     for known in get_args(Spread):
         if given == known:
@@ -322,7 +327,7 @@ def _spread_from_json(fields: Fields) -> Spread:
 
 
 def _options_from_json(fields: Fields) -> CriteriaOptions:
-    """The recipe's reading; a file without `criteria` is taken as the paper's."""
+    """The criteria that the heads were found with; the paper's if the file has none."""
     given = fields.values.get("criteria", {})
     if not isinstance(given, dict) or not set(given) <= set(_CRITERIA):
         raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(_CRITERIA))}")
@@ -336,7 +341,7 @@ def _options_from_json(fields: Fields) -> CriteriaOptions:
 
 
 def _is_plain(value: object) -> bool:
-    """A short text, a number, none or a few texts: what an option of the criteria can be."""
+    """Whether a value is a short text, a number, None or a few short texts, as the criteria's options are."""
     if isinstance(value, list):
         return len(value) <= 8 and all(isinstance(item, str) and len(item) <= 40 for item in value)
     if isinstance(value, str):
@@ -345,27 +350,27 @@ def _is_plain(value: object) -> bool:
 
 
 def _as_text(title: str, heads: Sequence[RankedHead]) -> str:
-    """The first heads in columns, under a title."""
-    rows = [NAMES, *_rows(heads)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(NAMES))]
+    """A plain-text table of the first heads."""
+    rows = [COLUMN_NAMES, *_rows(heads)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMN_NAMES))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([title, *lines, *_rest(heads)])
+    return "\n".join([title, *lines, *_remainder(heads)])
 
 
 def _as_html(title: str, heads: Sequence[RankedHead]) -> str:
-    """The same as an HTML table."""
-    head = "".join(f"<th>{name}</th>" for name in NAMES)
+    """An HTML table of the first heads."""
+    head = "".join(f"<th>{name}</th>" for name in COLUMN_NAMES)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in _rows(heads))
-    rest = "".join(f"<p>{escape(line)}</p>" for line in _rest(heads))
-    return f"<table><caption>{escape(title)}</caption><tr>{head}</tr>{body}</table>{rest}"
+    remainder = "".join(f"<p>{escape(line)}</p>" for line in _remainder(heads))
+    return f"<table><caption>{escape(title)}</caption><tr>{head}</tr>{body}</table>{remainder}"
 
 
 def _rows(heads: Sequence[RankedHead]) -> Iterator[tuple[str, ...]]:
-    for rank, one in enumerate(heads[:ROWS], start=1):
+    for rank, one in enumerate(heads[:MAX_ROWS], start=1):
         frequency = f"{one.selection_frequency:.3f} ± {one.selection_frequency_std:.3f}"
         entropy = "-" if one.spatial_entropy is None else f"{one.spatial_entropy:.3f}"
         yield str(rank), str(one.address), frequency, f"{one.attention_sum:.3f}", entropy
 
 
-def _rest(heads: Sequence[RankedHead]) -> list[str]:
-    return [f"and {len(heads) - ROWS} more"] if len(heads) > ROWS else []
+def _remainder(heads: Sequence[RankedHead]) -> list[str]:
+    return [f"and {len(heads) - MAX_ROWS} more"] if len(heads) > MAX_ROWS else []
