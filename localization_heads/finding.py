@@ -132,12 +132,12 @@ def find_heads(
     scores = np.stack([sample.label_scores for sample in measured if sample.label_scores is not None])
     labelled = rank_by_labels(scores, ranking, recipe)
     # A shrunk ranking also depends on the images of unlabelled samples, through the label-free ranking.
-    times_drawn = recipe.drawn(len(measured))[0] if shrink == "none" else np.ones(len(measured), np.int64)
+    times_drawn = recipe.draw(len(measured))[0] if shrink == "none" else np.ones(len(measured), np.int64)
     asked = (with_box_span(lvlm) if by == "vrh" else lvlm).asked
     return replace(
         labelled,
         pictures=_drawn_images(keys, times_drawn),
-        found_with=found_with(asked, criteria, recipe.named(labelled.num_samples)),
+        found_with=found_with(asked, criteria, recipe.found_with(labelled.num_samples)),
     )
 
 

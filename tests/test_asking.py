@@ -24,7 +24,7 @@ from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.grounding.maps import sum_maps
 from localization_heads.heads.head import Head
-from localization_heads.heads.ready import difference
+from localization_heads.heads.ready import describe_difference
 from localization_heads.lvlm.answers.answering import word_token_ids
 from localization_heads.lvlm.asking import BACKGROUND, LISTING, listed_expressions, yes_no_tokens
 from localization_heads.lvlm.checkpoints.loading import load_model
@@ -396,6 +396,6 @@ def test_what_is_asked_is_in_the_settings(run_of: Callable[..., Run]) -> None:
     assert more.lvlm.asked["query_token"] == "last"  # heads are found in the same maps
     assert more.lvlm.asked["paraphrases"] == "the {}; a {}"
     found = {"paraphrases": "the {}", "query_token": "answer_mean"}
-    assert difference(found, more.lvlm.asked) == (
+    assert describe_difference(found, more.lvlm.asked) == (
         "found with query_token=answer_mean (here: last), paraphrases=the {} (here: the {}; a {})"
     )

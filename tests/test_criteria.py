@@ -15,7 +15,7 @@ from localization_heads.cells import label_components
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import (
     BLOCK_CELLS,
-    _measure,
+    _block_statistics,
     attention_sum,
     attention_sum_threshold,
     binarise,
@@ -297,7 +297,7 @@ class TestSpatialEntropy:
                 row += [1.0] * int(area) + [0.0] * int(rng.integers(1, 4))
             row += [0.0] * (60 - len(row))
             # In float64: rounding to float32 would hide most differences, not all.
-            _, entropy, *_ = _measure(np.array([[row]]), CriteriaOptions())
+            _, entropy, *_ = _block_statistics(np.array([[row]]), CriteriaOptions())
             entropies.add(entropy.tobytes())
         assert len(entropies) == 1
 

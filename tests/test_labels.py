@@ -203,10 +203,10 @@ def test_curve_judges_on_pictures_not_drawn() -> None:
             expected.append(np.mean([quality[left, layer, head].mean() for layer, head in first]))
         assert found == pytest.approx(expected)
     means = quality.mean(axis=0)
-    assert curve.free == pytest.approx(means[1].mean())  # 1-0 and 1-1
-    assert curve.every == pytest.approx(means[1:].mean())
-    assert curve.best == pytest.approx(means[2].mean())
-    assert all(0 <= share <= 1 for share in curve.stable)
+    assert curve.label_free == pytest.approx(means[1].mean())  # 1-0 and 1-1
+    assert curve.all_heads == pytest.approx(means[1:].mean())
+    assert curve.all_labels == pytest.approx(means[2].mean())
+    assert all(0 <= share <= 1 for share in curve.shared)
 
 
 # --------------------------------------------------------------------------------------------- the generated box

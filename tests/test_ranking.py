@@ -16,7 +16,7 @@ from localization_heads.heads.criteria import elbow, elbow_index
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import select_by_entropy, select_in_sample
 from localization_heads.heads.ranking import random_draws, rank_heads
-from localization_heads.heads.ready import difference, preset_of
+from localization_heads.heads.ready import describe_difference, preset_of
 from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.options.groups import CriteriaOptions
 
@@ -594,10 +594,10 @@ def test_how_the_heads_were_found_is_kept():
     ],
 )
 def test_heads_found_in_another_way(changes, said):
-    assert difference(FOUND, {**FOUND, **changes}) == said
-    assert difference({}, FOUND) is None
+    assert describe_difference(FOUND, {**FOUND, **changes}) == said
+    assert describe_difference({}, FOUND) is None
     hostile = {"conv_mode": "a\nb" * 1000}
-    assert difference(hostile, FOUND) == f"found with conv_mode={('a b' * 20)[:40]} (here: referseg)"
+    assert describe_difference(hostile, FOUND) == f"found with conv_mode={('a b' * 20)[:40]} (here: referseg)"
 
 
 def test_criteria_are_named_by_their_preset():

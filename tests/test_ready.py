@@ -139,7 +139,7 @@ def test_overlap_by_hand_and_by_chance() -> None:
     assert shared_heads(heads, heads, 4) == (4, 4, 4.0)
     assert shared_heads(heads[:2], heads[::-1], 4) == (0, 2, 1.0)
     assert shared_heads([], heads, 4) == (0, 0, 0.0)
-    every = [shared_heads(heads[:2], order, 4).found for order in permutations(heads)]
+    every = [shared_heads(heads[:2], order, 4).shared for order in permutations(heads)]
     assert sum(every) / len(every) == shared_heads(heads[:2], heads, 4).chance
     many = [Head(1, n) for n in range(30)]
     assert shared_heads(many, many[5:] + many[:5], 30) == (15, 20, pytest.approx(400 / 30))

@@ -98,13 +98,16 @@ def label_tables(found: LabelRanking) -> Iterator[Table]:
 
 def _curve(found: LabelRanking) -> Table:
     curve, plain, k = found.curve, found.unshrunk_curve, found.recipe.k
-    caption = f"without labels {curve.free:.3f}, all heads {curve.every:.3f}, all labels {curve.best:.3f}"
+    caption = (
+        f"without labels {curve.label_free:.3f}, all heads {curve.all_heads:.3f}, "
+        f"all labels {curve.all_labels:.3f}"
+    )
     columns = ["labels", "quality", *(["without shrinkage"] if plain else []), f"same {k} heads"]
     table = new_table(f"The first {k} heads on entries not drawn", *columns, caption=caption)
     for place, count in enumerate(curve.counts):
         both = [curve.quality[place], *([plain.quality[place]] if plain else [])]
         cells = [f"{np.mean(one):.3f} ± {np.std(one):.3f}" for one in both]
-        table.add_row(str(count), *cells, f"{100 * curve.stable[place]:.0f} %")
+        table.add_row(str(count), *cells, f"{100 * curve.shared[place]:.0f} %")
     return table
 
 
@@ -135,5 +138,8 @@ def found_again(run: Run, ranking: HeadRanking) -> Iterator[str]:
         one = ready_list(name)
         if name.startswith(OWN):
             continue
-        found, of, chance = shared_heads(one.heads, ranked, num_heads)
-        yield f"{one}: {found} of its first {of} heads are among the first {of} found; by chance {chance:.1f}"
+        shared, compared, chance = shared_heads(one.heads, ranked, num_heads)
+        yield (
+            f"{one}: {shared} of its first {compared} heads are among the first {compared} found; "
+            f"by chance {chance:.1f}"
+        )

@@ -1,8 +1,8 @@
 """How heads were found, and ready lists: heads of known models that others have published, with their source.
 
-Heads that were found with other weights, or asked in another way, may not be the best. The lists are the files of
-`config/lists/`; `lists` in a file of `config/model/` names those of that model. A list is taken by itself (heads=auto)
-only with the prompt and the query token that it was found with; by its name, under any.
+The lists are the files of `config/lists/`; `lists` in a file of `config/model/` names those of that model. Heads that
+were found with other weights or another prompt may not be the best, so `heads=auto` takes a list only with the prompt
+and the query token that it was found with; named explicitly, a list is taken under any.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.kinds import did_you_mean
 
 FoundWith = Mapping[str, str | None]
-"""`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
+"""`found_with` of `heads.json`: values by the names in `KEYS`; other tools and older files may lack some."""
 
 NATIVE_BOX = "native_box"
-"""The `conv_mode` of heads that were found while the model wrote a box of its own: the prompt that asks it for one."""
+"""The `conv_mode` of heads found while the model wrote a box itself: the prompt that asks for one."""
 
 KEYS = (
     "conv_mode", "system", "query_token", "paraphrases", "weights", "criteria", "heads_by", "num_labels", "shrink",
@@ -30,12 +30,12 @@ KEYS = (
 )  # fmt: skip
 
 
-def asked(
+def asked_conditions(
     conv_mode: str, system: str, query_token: str, weights: str, paraphrases: Sequence[str] | None = None
 ) -> dict[str, str | None]:
-    """How a model is asked. The system sentence is a part of the paper's prompt only.
+    """How a model is asked, as `found_with` states it. Only the paper's prompt has a system sentence.
 
-    Heads are found in the maps of the last prompt token whether the answer's tokens are read beside it or not.
+    With `last_and_answer`, heads are found in the maps of the last prompt token, as with `last`.
     """
     return {
         "conv_mode": conv_mode,
@@ -47,10 +47,10 @@ def asked(
 
 
 def found_with(asked: FoundWith, options: CriteriaOptions, labels: FoundWith | None = None) -> FoundWith:
-    """What `heads.json` says of the model, of how it was asked (`LVLM.asked`), and of the recipe.
+    """The `found_with` of `heads.json`: the model and how it was asked (`LVLM.asked`), and the recipe.
 
     Args:
-        labels: `heads_by` and what else is known of a ranking by labels, which then take the place of the criteria.
+        labels: the recipe of a ranking by labels, `heads_by` and others, in place of the criteria.
     """
     from localization_heads.version import __version__
 
@@ -61,7 +61,7 @@ def found_with(asked: FoundWith, options: CriteriaOptions, labels: FoundWith | N
 
 
 def preset_of(options: CriteriaOptions) -> str | None:
-    """The file of `config/criteria/` that holds these options; None for others.
+    """The preset in `config/criteria/` with these options; None if there is none.
 
     >>> preset_of(CriteriaOptions()), preset_of(CriteriaOptions(tau=0.5))
     ('paper', None)
@@ -74,19 +74,16 @@ def _presets() -> dict[str, CriteriaOptions]:
     return {name: CriteriaOptions.of(preset("criteria", name)) for name in choices_of("criteria")}
 
 
-def difference(found: FoundWith, asked: FoundWith) -> str | None:
-    """In words, what is not now as it was when heads were found; None if all that is known of it is the same.
+def describe_difference(found: FoundWith, asked: FoundWith) -> str | None:
+    """In words, the conditions that differ between finding the heads and now; None if all known ones agree.
 
-    >>> difference({"conv_mode": "chat", "weights": "1a"}, {"conv_mode": "plain", "weights": "1a"})
+    >>> describe_difference({"conv_mode": "chat", "weights": "1a"}, {"conv_mode": "plain", "weights": "1a"})
     'found with conv_mode=chat (here: plain)'
     """
-    others = [
-        name
-        for name in ("conv_mode", "query_token", "paraphrases", "weights")
-        if _differs(name, found, asked)
-    ]
-    parts = [f"{name}={_short(found[name])} (here: {_short(asked[name])})" for name in others]
-    if "conv_mode" not in others and _differs("system", found, asked):
+    names = ("conv_mode", "query_token", "paraphrases", "weights")
+    different = [name for name in names if _differs(name, found, asked)]
+    parts = [f"{name}={_shorten(found[name])} (here: {_shorten(asked[name])})" for name in different]
+    if "conv_mode" not in different and _differs("system", found, asked):
         parts.append("another system sentence")
     return f"found with {', '.join(parts)}" if parts else None
 
@@ -95,13 +92,13 @@ def _differs(name: str, found: FoundWith, asked: FoundWith) -> bool:
     return found.get(name) is not None and asked.get(name) is not None and found[name] != asked[name]
 
 
-def _short(value: str | None) -> str:
-    """Of a file from anywhere: one line, not too long."""
+def _shorten(value: str | None) -> str:
+    """A value from an untrusted file, on one line and not too long."""
     return " ".join(str(value).split())[:40]
 
 
 MAX_COMPARED = 20
-"""Heads of a list, at most, that a new ranking is compared with."""
+"""Heads of a list that a new ranking is compared with, at most."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,12 @@ class ReadyList:
 
     Args:
         name: the file's.
-        source: whose it is, and where it was published.
-        model: the checkpoint, in the source's words.
-        conv_mode, query_token: prompt and query token that it was found with; with `native_box`, the span is that of
+        source: its authors, and where it was published.
+        model: the checkpoint, as the source names it.
+        conv_mode, query_token: prompt and query token that it was found with; with `native_box`, the answer span is
             the box that the model writes itself (answer_span=box).
         language_model: which models may share it.
-        counts: how often each head was selected, where that was published.
+        counts: how often each head was selected, if that was published.
     """
 
     name: str
@@ -134,13 +131,13 @@ class ReadyList:
     def __str__(self) -> str:
         return f"{self.name} ({self.source})"
 
-    def misfit(self, conv_mode: str | None, query_token: str | None) -> str | None:
-        """In words, what is not as when it was found; None if all is, as far as it is known.
+    def describe_mismatch(self, conv_mode: str | None, query_token: str | None) -> str | None:
+        """In words, the conditions that differ from those it was found with; None if all known ones agree.
 
         Args:
-            conv_mode: None where it follows the heads, or is not known.
+            conv_mode: None if it follows the heads, or is unknown.
 
-        >>> ready_list("paper-llava").misfit("chat", "last_and_answer")
+        >>> ready_list("paper-llava").describe_mismatch("chat", "last_and_answer")
         'found with conv_mode=referseg (here: chat)'
         """
         token = "last" if query_token == "last_and_answer" else query_token
@@ -157,7 +154,7 @@ class ReadyList:
 
 @cache
 def ready_lists() -> dict[str, ReadyList]:
-    """Every list, by its name."""
+    """All ready lists, by name."""
     return {name: _read(name) for name in choices_of("lists")}
 
 
@@ -168,7 +165,7 @@ def _read(name: str) -> ReadyList:
 
 
 def ready_list(name: str) -> ReadyList:
-    """UsageError for a name that no list has."""
+    """The ready list of that name. UsageError if there is none."""
     if name not in ready_lists():
         hint = did_you_mean(name, ready_lists()).strip()
         known = ", ".join(ready_lists())
@@ -177,12 +174,12 @@ def ready_list(name: str) -> ReadyList:
 
 
 class ReadyHeads(NamedTuple):
-    """What heads=auto takes of a model's known heads.
+    """The heads that heads=auto takes from a model's ready lists.
 
     Attributes:
-        heads: none if no list fits.
-        of: the list that they are of; None for heads that the user gave to the model.
-        why_not: why the lists before it were not taken.
+        heads: empty if no list fits.
+        of: the list that they are from; None for heads that the user gave to the model.
+        why_not: the reasons why the lists before it were not taken.
     """
 
     heads: tuple[Head, ...] = ()
@@ -191,7 +188,7 @@ class ReadyHeads(NamedTuple):
 
     @property
     def advice(self) -> str:
-        """One line: why no list was taken, and what to do; "" where one was, or there is none."""
+        """One line: why no list was taken, and what to do; "" if one was taken, or there is none."""
         if self.heads or not self.why_not:
             return ""
         first = self.why_not[0].partition(" ")[0]
@@ -207,12 +204,12 @@ NONE_READY = ReadyHeads()
 def choose_ready(
     own: Sequence[Head], names: Sequence[str], conv_mode: str | None, query_token: str | None
 ) -> ReadyHeads:
-    """The first of a model's lists that was found with this prompt and query token.
+    """The first of a model's ready lists that was found with this prompt and query token.
 
     Args:
-        own: `ModelSpec.heads`. Heads that are no list's are the user's, and taken as they are.
+        own: `ModelSpec.heads`. Heads that are in no list are the user's own, and taken as they are.
         names: `ModelSpec.lists`.
-        conv_mode: as of `ReadyList.misfit`.
+        conv_mode: as of `ReadyList.describe_mismatch`.
 
     Raises:
         UsageError: a name that no list has.
@@ -222,40 +219,40 @@ def choose_ready(
         return ReadyHeads(tuple(own))
     why_not: list[str] = []
     for one in lists:
-        misfit = one.misfit(conv_mode, query_token)
-        if misfit is None:
+        mismatch = one.describe_mismatch(conv_mode, query_token)
+        if mismatch is None:
             return ReadyHeads(one.heads, one, tuple(why_not))
-        why_not.append(f"{one} was {misfit}")
+        why_not.append(f"{one} was {mismatch}")
     return ReadyHeads(why_not=tuple(why_not))
 
 
 def mismatch_warning(heads: str, found: FoundWith | None, asked: FoundWith | None) -> str | None:
-    """One sentence where heads were found with other weights, another prompt or query token, as far as that is known.
+    """One sentence if heads were found with other weights, another prompt or query token; None if all known ones agree.
 
     >>> mismatch_warning("heads=a.json", {"query_token": "last"}, {"query_token": "answer_mean"})  # doctest: +ELLIPSIS
     'heads=a.json: found with query_token=last (here: answer_mean); others may be better here: ...'
     """
-    if not found or not asked or (how := difference(found, asked)) is None:
+    if not found or not asked or (difference := describe_difference(found, asked)) is None:
         return None
-    return f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
+    return f"{heads}: {difference}; others may be better here: find them with stage=find, or ask as it did"
 
 
 class SharedHeads(NamedTuple):
-    """How many of a list's first heads a ranking has among as many first ones, and how many chance would have."""
+    """How many heads are in the first n of both a list and a ranking, and how many would be by chance."""
 
-    found: int
-    of: int
+    shared: int
+    compared: int
     chance: float
 
 
 def shared_heads(published: Sequence[Head], ranked: Sequence[Head], num_heads: int) -> SharedHeads:
-    """Compare the first `MAX_COMPARED` heads of a list, or as many as both have, with the first ones of a ranking.
+    """Compare the first n heads of a list and of a ranking: n is `MAX_COMPARED`, or as many as both have.
 
-    `chance` is what a random order of the model's `num_heads` heads would share on average: `n^2 / num_heads`.
+    `chance` is the mean over random orders of the model's `num_heads` heads: `n^2 / num_heads`.
 
     >>> shared_heads([Head(1, 1), Head(1, 2)], [Head(1, 2), Head(0, 0), Head(1, 1)], 8)
-    SharedHeads(found=1, of=2, chance=0.5)
+    SharedHeads(shared=1, compared=2, chance=0.5)
     """
     n = min(MAX_COMPARED, len(published), len(ranked))
-    found = len(set(published[:n]) & set(ranked[:n]))
-    return SharedHeads(found, n, n * n / num_heads if num_heads else 0.0)
+    shared = len(set(published[:n]) & set(ranked[:n]))
+    return SharedHeads(shared, n, n * n / num_heads if num_heads else 0.0)

@@ -21,7 +21,7 @@ from localization_heads.heads.ready import (
     NATIVE_BOX,
     FoundWith,
     ReadyHeads,
-    asked,
+    asked_conditions,
     choose_ready,
     mismatch_warning,
 )
@@ -198,7 +198,7 @@ class ModelWithProcessor:
     @property
     def asked(self) -> dict[str, str | None]:
         """The weights and how they are prompted, for `found_with` in `heads.json`."""
-        return asked(
+        return asked_conditions(
             self._heads_mode, self.system, self.query_token, self.fingerprint, paraphrases=self.paraphrases
         )
 

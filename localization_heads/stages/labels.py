@@ -22,7 +22,13 @@ from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
-from localization_heads.heads.labels import Curve, LabelRecipe, mass_on_patches, quality_curve, rank_by_labels
+from localization_heads.heads.labels import (
+    LabelRecipe,
+    QualityCurve,
+    mass_on_patches,
+    quality_curve,
+    rank_by_labels,
+)
 from localization_heads.heads.ranking import random_draws
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
@@ -73,8 +79,8 @@ class LabelRanking(NamedTuple):
     """
 
     result: Result
-    curve: Curve
-    unshrunk_curve: Curve | None
+    curve: QualityCurve
+    unshrunk_curve: QualityCurve | None
     recipe: LabelRecipe
     label_free: HeadRanking
 
@@ -259,7 +265,7 @@ def _rank(run: Run, entries: Entries, store: StatisticsStore, scores: Statistics
     label_free = add_stored_sensitivity(label_free, rows, np.ones((1, len(samples)), np.int64), shape)
     columns = scores.views([_score_key(entries, sample) for sample in samples])
     by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
-    draw = recipe.drawn(len(samples))[0]
+    draw = recipe.draw(len(samples))[0]
     # The images that the heads have seen: the drawn ones or, as shrinkage mixes in the label-free ranking, all.
     images = image_keys(samples)
     seen = {
@@ -271,7 +277,7 @@ def _rank(run: Run, entries: Entries, store: StatisticsStore, scores: Statistics
         found_with=found_with(
             prompt_conditions(store.settings, of_box=recipe.by == "vrh"),
             options.criteria,
-            recipe.named(int(draw.sum())),
+            recipe.found_with(int(draw.sum())),
         ),
     )
     groups = [key or sample.id for key, sample in zip(images, samples, strict=True)]
@@ -303,14 +309,14 @@ QUALITY = {
 }
 
 
-def _curve_json(curve: Curve) -> dict[str, Any]:
+def _curve_json(curve: QualityCurve) -> dict[str, Any]:
     """JSON values, rounded to six decimals."""
     return {
         "counts": curve.counts,
         "mean": [round(float(np.mean(values)), 6) for values in curve.quality],
         "std": [round(float(np.std(values)), 6) for values in curve.quality],
         "draws": [[round(value, 6) for value in values] for values in curve.quality],
-        "same_heads": [round(value, 6) for value in curve.stable],
+        "same_heads": [round(value, 6) for value in curve.shared],
     }
 
 
@@ -335,9 +341,9 @@ def _save(run: Run, ranked: LabelRanking) -> list[Path]:
         "quality": QUALITY[measure].format(k=k),
         "curve": _curve_json(curve),
         "curve_without_shrinkage": ranked.unshrunk_curve and _curve_json(ranked.unshrunk_curve),
-        "label_free": round(curve.free, 6),
-        "all_heads": round(curve.every, 6),
-        "all_labels": round(curve.best, 6),
+        "label_free": round(curve.label_free, 6),
+        "all_heads": round(curve.all_heads, 6),
+        "all_labels": round(curve.all_labels, 6),
     }
     back_up_heads_file(run, ranking)
     paths = [*save_ranking(ranking, run.folder), run.folder / "labels.json"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.heads.ready import difference
+from localization_heads.heads.ready import describe_difference
 from localization_heads.heads.record import HeadRanking
 from localization_heads.stages.run import Run
 from localization_heads.store.results import load_ranking, save_ranking
@@ -83,7 +83,7 @@ def _what_is_lost(previous: HeadRanking, new: HeadRanking) -> str | None:
         return f"from {previous.num_samples} samples"
     if (previous.options, previous.top_n) != (new.options, new.top_n):
         return "under other criteria"
-    return difference(previous.found_with or {}, new.found_with or {})
+    return describe_difference(previous.found_with or {}, new.found_with or {})
 
 
 def choose_grounding_heads(run: Run, ranking: HeadRanking) -> tuple[Sequence[Head] | None, str]:

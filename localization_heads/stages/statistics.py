@@ -14,7 +14,7 @@ import numpy as np
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
-from localization_heads.heads.ready import NATIVE_BOX, asked
+from localization_heads.heads.ready import NATIVE_BOX, asked_conditions
 from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.extra_prompts import measures_sensitivity
@@ -173,4 +173,4 @@ def prompt_conditions(settings: Mapping[str, Any], *, of_box: bool = False) -> d
         query_token, paraphrases = "answer_span", None
     if of_box or settings.get("answer_span") == BOX:
         conv_mode = NATIVE_BOX
-    return asked(conv_mode, system, query_token, settings["weights"][1], paraphrases=paraphrases)
+    return asked_conditions(conv_mode, system, query_token, settings["weights"][1], paraphrases=paraphrases)
