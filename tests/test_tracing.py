@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import replace
 from typing import Any
@@ -11,14 +10,13 @@ import family_models_siblings  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch
+from decoding import decode_without_cache, endless_lvlm, maps_of_row, variant
 from family_models import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_answer_tokens import layers_of, longer, on_image
 from test_query_token import tiny_lvlm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from localization_heads.errors import UsageError
@@ -43,115 +41,89 @@ FAMILIES = ["llava_next", "qwen2_5_vl", "internvl", "gemma3", "mllama", "paligem
 ALL = TraceOptions(keep="all")
 
 
-def steps_without_cache(
-    lvlm: LVLM, image: Image.Image, query: str, num: int
-) -> tuple[list[Tensor], list[int]]:
-    """The obvious way: the prompt, longer by a token each time, through eager attention, and no cache."""
-    inputs = dict(lvlm.model_inputs([image], [lvlm.prompt(query)]))
-    inputs.pop("labels", None)
-    decodes, T = lvlm.model.config.is_encoder_decoder, inputs["input_ids"].shape[1]
-    decoded = [lvlm.model.config.text_config.decoder_start_token_id] if decodes else []
-    rows, tokens = [], []
-    with eager_attention(lvlm.model), torch.inference_mode():
-        for _ in range(num + 1):
-            given = {**inputs, "decoder_input_ids": torch.tensor([decoded])} if decodes else inputs
-            with layers_of(lvlm) as seen:
-                logits = lvlm.model(**given, use_cache=False).logits[0, -1]
-            found = torch.stack([seen[layer] for layer in sorted(seen)])
-            rows.append(found if lvlm.uses_cross_attention else found[..., :T])
-            tokens.append(int(logits.argmax()))
-            decoded.append(tokens[-1])
-            inputs = inputs if decodes else longer(inputs, tokens[-1])
-            if lvlm.name.startswith("paligemma"):
-                inputs["token_type_ids"][:, -1] = (
-                    1  # what is written sees what was read, and not the other way
-                )
-    return rows, tokens[:num]
+def assert_steps_equal_eager(lvlm: LVLM, image: Image.Image, query: str, found: Trace) -> None:
+    seen, num_tokens = lvlm.image_for_processor(image), len(found.token_ids)
+    expected = decode_without_cache(lvlm, seen, query, num_tokens)
+    assert found.token_ids == tuple(expected.tokens)
+    assert found.every is not None
+    for step, row in zip(found.every, expected.rows, strict=True):
+        np.testing.assert_allclose(step, maps_of_row(lvlm, seen, query, row), **SAME)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_step_equals_eager_without_a_cache(name: str, endless: Any) -> None:
-    lvlm, image = copy.copy(tiny(name)), coordinate_image(190, 110)
+def test_every_step_equals_eager_attention_without_a_cache(name: str, endless: Any) -> None:
+    lvlm, image = tiny(name), coordinate_image(190, 110)
     endless(lvlm.model)
-    last = max(lvlm.attention_modules)
-    heads = [Head(last, 1), Head(min(lvlm.attention_modules), 0)]
+    heads = [Head(max(lvlm.attention_modules), 1), Head(min(lvlm.attention_modules), 0)]
     found = lvlm.trace(image, "the red car", heads, max_new_tokens=4, trace=ALL)
-    seen = lvlm.image_for_processor(image)
-    rows, tokens = steps_without_cache(lvlm, seen, "the red car", 4)
-    assert found.token_ids == tuple(tokens)
-    assert found.every is not None
-    for step, row in zip(found.every, rows, strict=True):
-        np.testing.assert_allclose(step, on_image(lvlm, seen, "the red car", row), **SAME)
+    assert len(found.token_ids) == 4
+    assert_steps_equal_eager(lvlm, image, "the red car", found)
     for place, head in enumerate(heads):
         np.testing.assert_array_equal(found.rows[:, place], found.every[:, head.layer, head.head])
 
 
 def test_a_sliding_window_moves_on_with_the_answer(image: Image.Image) -> None:
     """Shorter than the prompt: keys that fell out of it are not mistaken for the first ones."""
-    lvlm = tiny_lvlm("last", text="mistral", sliding_window=24)
-    lvlm.model.lm_head.weight.data[lvlm.image_token_id] = (
-        0  # said, it could not be read again without a cache
-    )
-    lvlm.model.generation_config.eos_token_id = None
+    lvlm = endless_lvlm("last", text="mistral", sliding_window=24)
     found = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6, trace=ALL)
-    rows, _ = steps_without_cache(lvlm, image, "the dog", 6)
-    assert found.every is not None
-    for step, row in zip(found.every, rows, strict=True):
-        np.testing.assert_allclose(step, on_image(lvlm, image, "the dog", row), **SAME)
+    assert_steps_equal_eager(lvlm, image, "the dog", found)
 
 
-def test_equals_the_attentions_that_generate_returns(image: Image.Image) -> None:
+def test_steps_equal_the_attentions_that_generate_returns(image: Image.Image) -> None:
     """`output_attentions=True` of transformers' own generation, one entry a step."""
-    lvlm = tiny_lvlm("last")
-    lvlm.model.generation_config.eos_token_id = None
+    lvlm = endless_lvlm("last")
     inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     with eager_attention(lvlm.model), torch.inference_mode():
         out = lvlm.model.generate(
             **inputs, max_new_tokens=6, do_sample=False, output_attentions=True, return_dict_in_generate=True
         )
-    T = inputs["input_ids"].shape[1]
+    length = inputs["input_ids"].shape[1]
     assert len(out.attentions) == 6
     found = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6, trace=ALL)
-    assert list(found.token_ids) == out.sequences[0, T:].tolist()
+    assert list(found.token_ids) == out.sequences[0, length:].tolist()
     assert found.every is not None
     for step, layers in zip(found.every, out.attentions, strict=False):
-        row = torch.stack([layer[0, :, -1, :T] for layer in layers])
-        np.testing.assert_allclose(step, on_image(lvlm, image, "the dog", row), **SAME)
-    reads = replace(found, step="reads")
-    assert len(found.maps) == len(reads.maps) == 6
-    np.testing.assert_array_equal(
-        reads.maps[:-1], found.maps[1:]
-    )  # the step that reads a word writes the next
-    first = lvlm.attend(image, "the dog").attention[1, 0]
-    np.testing.assert_allclose(found.maps[0, 0], first, **SAME)
-    lvlm.query_token = "answer_first"
-    np.testing.assert_allclose(reads.maps[0, 0], lvlm.attend(image, "the dog").attention[1, 0], **SAME)
+        row = torch.stack([layer[0, :, -1, :length] for layer in layers])
+        np.testing.assert_allclose(step, maps_of_row(lvlm, image, "the dog", row), **SAME)
+
+
+def test_a_token_belongs_to_the_step_that_writes_or_reads_it(image: Image.Image) -> None:
+    """The step that reads a token writes the next. The first token is written by the prompt's last."""
+    lvlm = endless_lvlm("last")
+    writes = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
+    reads = replace(writes, step="reads")
+    assert len(writes.maps) == len(reads.maps) == 6
+    np.testing.assert_array_equal(reads.maps[:-1], writes.maps[1:])
+    for maps, query_token in ((writes.maps, "last"), (reads.maps, "answer_first")):
+        first = variant(lvlm, query_token=query_token).attend(image, "the dog").attention[1, 0]
+        np.testing.assert_allclose(maps[0, 0], first, **SAME)
 
 
 def test_an_answer_ends_where_the_model_ends_it(image: Image.Image) -> None:
-    """The token that ends it is none of its own; an answer of nothing has the prompt's row alone."""
-    lvlm = tiny_lvlm("last")
-    lvlm.model.generation_config.eos_token_id = None
-    free = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
-    ends = free.token_ids[0]
-    stop = next((n for n, token in enumerate(free.token_ids) if token != ends), None)
-    assert stop == 1, "the model says two things, so that its answer can end in the middle"
-    lvlm.model.generation_config.eos_token_id = [free.token_ids[stop]]
-    short = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
-    assert short.token_ids == free.token_ids[:stop]
-    np.testing.assert_allclose(short.rows, free.rows[: stop + 1], **SAME)
-    lvlm.model.generation_config.eos_token_id = [ends]
-    silent = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
+    """Without the token that ends it; an empty answer has only the prompt's row."""
+    lvlm = endless_lvlm("last")
+
+    def trace() -> Trace:
+        return lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
+
+    free = trace()
+    first, second = free.token_ids[:2]
+    assert first != second, "otherwise the answer cannot end in the middle"
+    lvlm.model.generation_config.eos_token_id = [second]
+    short = trace()
+    assert short.token_ids == (first,)
+    np.testing.assert_allclose(short.rows, free.rows[:2], **SAME)
+    lvlm.model.generation_config.eos_token_id = [first]
+    silent = trace()
     assert (silent.token_ids, silent.words, silent.boxes, silent.word_masses.shape) == ((), (), (), (0, 1))
     assert len(silent.rows) == 1
     with pytest.raises(ValueError, match="0 tokens"):
         silent.ground()
 
 
-def test_memory_grows_with_the_answer_alone(image: Image.Image) -> None:
-    """Of a step, the rows of the chosen heads are kept, or their mean; other layers are not captured."""
-    lvlm = tiny_lvlm("last")
-    lvlm.model.generation_config.eos_token_id = None
+def test_only_the_chosen_heads_are_kept(image: Image.Image) -> None:
+    """Their maps of each step, or the mean of them; other layers are not captured."""
+    lvlm = endless_lvlm("last")
     heads = [Head(1, 2), Head(1, 0)]
     recorded: list[tracing.StepRecorder] = []
     made = tracing.StepRecorder.__init__
@@ -211,27 +183,18 @@ def test_a_word_of_several_tokens_has_the_mean_of_their_maps() -> None:
     found = a_trace(spelled=TokenizedText("penguins", ((0, 3), (3, 6), (6, 8))))
     (word,) = found.words
     assert word == Word("penguins", 0, 3)
-    expected = ground_of(found.rows[:3].mean(axis=0, dtype=np.float64))
+    expected = found.rows[:3].mean(axis=0, dtype=np.float64).sum(axis=0)
     np.testing.assert_allclose(found.groundings[0].combined, expected, rtol=1e-6)
 
 
-def ground_of(maps: np.ndarray) -> np.ndarray:
-    return maps.sum(axis=0)
-
-
-TEXTS = st.text(alphabet="ab ,.-1é猫犬🐙", max_size=12)
-
-
-@given(TEXTS)
+@given(st.text(alphabet="ab ,.-1é猫犬🐙", max_size=12))
 def test_bytes_are_joined_to_characters_and_words(text: str) -> None:
     """A tokenizer of single bytes: no word is lost, and each is spelled by its own tokens."""
-    tokenizer = of_bytes()
+    tokenizer = byte_tokenizer()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(ids) == len(text.encode())
     found = align_tokens(tokenizer.decode, ids)
     assert found.text == text
-    for (start, stop), byte in zip(found.places, _bytes_of(text), strict=True):
-        assert (start, stop) == byte
+    assert found.places == tuple((n, n + 1) for n, letter in enumerate(text) for _ in letter.encode())
     words = split_words(found)
     assert "".join(word.text for word in words) == re.sub(r"\s", "", text)
     for word in words:
@@ -240,20 +203,15 @@ def test_bytes_are_joined_to_characters_and_words(text: str) -> None:
         assert own == word.text or not any(map(str.isalnum, word.text.replace(own, "", 1)))
 
 
-def _bytes_of(text: str) -> list[tuple[int, int]]:
-    """Each byte's character."""
-    return [(n, n + 1) for n, letter in enumerate(text) for _ in letter.encode()]
-
-
-def of_bytes() -> Any:
+def byte_tokenizer() -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False)
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
-def test_tokens_that_write_nothing_belong_to_no_word() -> None:
+def test_control_tokens_belong_to_no_word() -> None:
     pieces = ["the", " d", "<eos>", "og"]
     found = align_tokens(lambda ids: "".join(pieces[i] for i in ids), [0, 1, 2, 3, 2], skipped=[2])
     assert found == TokenizedText("the dog", ((0, 3), (3, 5), (5, 5), (5, 7), (7, 7)))
@@ -264,14 +222,14 @@ def test_tokens_that_write_nothing_belong_to_no_word() -> None:
     ("span", "tokens"),
     [("dog", range(3, 4)), ("THE  DOG", range(2, 4)), ("do", range(0, 1)), ("hot", range(0, 1))],
 )
-def test_a_span_is_found_as_words_first(span: str, tokens: range) -> None:
+def test_whole_words_are_preferred_to_parts_of_words(span: str, tokens: range) -> None:
     """`dog` stands in `hotdog`, which comes earlier."""
     answer = TokenizedText("hotdog and the dog.", ((0, 6), (6, 10), (10, 14), (14, 18), (18, 19)))
     assert tokens_of_span(answer, span) == tokens
 
 
 @pytest.mark.parametrize("span", ["cat", "dog and", ""])
-def test_a_span_that_is_not_there_shows_the_answer(span: str) -> None:
+def test_a_missing_span_is_an_error_that_shows_the_answer(span: str) -> None:
     with pytest.raises(UsageError, match="the answer is 'the dog', which does not hold it"):
         tokens_of_span(TokenizedText("the dog", ((0, 3), (3, 7))), span)
 
@@ -286,12 +244,12 @@ def test_a_span_that_is_not_there_shows_the_answer(span: str) -> None:
         ({"trace": TraceOptions(keep="mean"), "options": GroundingOptions(combine="consensus")}, "keep=mean"),
     ],
 )
-def test_wrong_use_is_named(image: Image.Image, options: dict[str, Any], named: str) -> None:
+def test_wrong_options_are_refused(image: Image.Image, options: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         tiny_lvlm("last").trace(image, "the dog", **{"heads": [Head(1, 0)], **options})
 
 
-def test_maps_of_all_heads_are_bounded(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_all_heads_maps_is_limited(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "MAX_BYTES", 1 << 10)
     with pytest.raises(UsageError, match="keep=all"):
         tiny_lvlm("last").trace(image, "the dog", [Head(1, 0)], trace=ALL)
