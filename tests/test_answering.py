@@ -1,4 +1,4 @@
-"""The model's own answers: turns, streaming, stopping, and what must not reach the model."""
+"""Conversations: turns, streaming, stopping, and what must not reach the model."""
 
 from __future__ import annotations
 
@@ -23,29 +23,25 @@ def chatting() -> LVLM:
 
 @pytest.fixture(autouse=True)
 def _no_thread_left() -> Iterator[None]:
-    """Every thread that a test starts ends with it."""
+    """Every thread that a test starts ends with the test."""
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before  # threads of other tests may end meanwhile
 
 
-def generated(lvlm: LVLM, image: Image.Image, prompt: str, count: int) -> str:
-    """The same answer from `generate` without a stream."""
-    inputs = lvlm.model_inputs([image], [prompt])
-    with torch.inference_mode():
-        ids = lvlm.model.generate(**inputs, max_new_tokens=count, do_sample=False)
-    return lvlm.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def test_the_stream_is_the_answer(chatting: LVLM, image: Image.Image) -> None:
-    """The prompt is not repeated, and the pieces make the whole."""
+def test_the_streamed_pieces_make_up_the_answer(chatting: LVLM, image: Image.Image) -> None:
+    """The same as `generate` without a stream, and without the prompt."""
     prompt = chatting.chat_prompt("What is in this image?")
-    pieces = list(stream(chatting, image, prompt, 12))
-    assert "".join(pieces) == generated(chatting, image, prompt, 12)
+    inputs = chatting.model_inputs([image], [prompt])
+    with torch.inference_mode():
+        ids = chatting.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+    answer = chatting.processor.tokenizer.decode(
+        ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert "".join(stream(chatting, image, prompt, 12)) == answer
 
 
-def test_a_conversation_remembers(chatting: LVLM, image: Image.Image) -> None:
-    """The image comes with the first turn only, and every answer stays in the prompt."""
+def test_the_prompt_holds_all_turns_and_one_image(chatting: LVLM, image: Image.Image) -> None:
     conversation = Conversation(chatting, image, max_new_tokens=4)
     first = "".join(conversation.ask("What is it?")).strip()
     list(conversation.ask("And where?"))
@@ -57,7 +53,7 @@ def test_a_conversation_remembers(chatting: LVLM, image: Image.Image) -> None:
     assert prompt.count(chatting.image_token) == 1
 
 
-def test_another_image_starts_anew(chatting: LVLM, image: Image.Image) -> None:
+def test_another_image_starts_a_new_conversation(chatting: LVLM, image: Image.Image) -> None:
     conversation = Conversation(chatting, image, max_new_tokens=2)
     list(conversation.ask("What is it?"))
     conversation.look_at(image.rotate(180))
@@ -67,8 +63,7 @@ def test_another_image_starts_anew(chatting: LVLM, image: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("mode", ["chat", "referseg", "plain"])
-def test_without_an_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No placeholder of an image that is not there."""
+def test_without_an_image_the_prompt_has_no_placeholder(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm, prompts = load_model(device="cpu", conv_mode=mode), []
 
     def spy(lvlm: LVLM, image: None, prompt: str, count: int) -> Iterator[str]:
@@ -83,8 +78,7 @@ def test_without_an_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lvlm.image_token not in prompts[0]
 
 
-def test_closing_stops_the_model(chatting: LVLM, image: Image.Image) -> None:
-    """What was said until then is kept, and the thread ends long before the last token."""
+def test_closing_stops_the_model_and_keeps_the_answer_so_far(chatting: LVLM, image: Image.Image) -> None:
     conversation = Conversation(chatting, image, max_new_tokens=100_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chatting.model.generation_config, "eos_token_id", None)  # it would go on for hours
@@ -94,26 +88,23 @@ def test_closing_stops_the_model(chatting: LVLM, image: Image.Image) -> None:
     assert conversation.messages[-1]["content"][0]["text"] == first.strip()
 
 
-def test_a_placeholder_in_a_question_stands_for_nothing(chatting: LVLM, image: Image.Image) -> None:
-    """It would ask for an image that is not there."""
+def test_placeholders_are_removed_from_a_question(chatting: LVLM, image: Image.Image) -> None:
     conversation = Conversation(chatting, image, max_new_tokens=2)
     list(conversation.ask("<image> Where <image>?"))
     assert conversation.messages[0]["content"][1]["text"] == "Where ?"
 
 
 @pytest.mark.parametrize("question", ["the </s> end", "<pad>", "  ", "<image>"])
-def test_control_tokens_in_a_question(chatting: LVLM, image: Image.Image, question: str) -> None:
-    """Refused, and the turn does not count."""
+def test_a_refused_question_leaves_no_turn(chatting: LVLM, image: Image.Image, question: str) -> None:
     conversation = Conversation(chatting, image, max_new_tokens=2)
     with pytest.raises(UsageError):
         list(conversation.ask(question))
     assert conversation.messages == []
 
 
-def test_a_failing_model_is_a_failure_of_the_work(
+def test_a_failed_generation_is_an_error_and_leaves_no_turn(
     chatting: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reader does not wait for ever, and the failed turn is forgotten."""
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no more memory")

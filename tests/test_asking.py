@@ -1,8 +1,7 @@
-"""What is asked beside an expression: paraphrases, contrast, and how sure the model is."""
+"""What is asked in addition to an expression: paraphrases, contrast, and confidence signals."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ import family_models_tiled  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch
+from decoding import variant
 from family_models import tiny
 from PIL import Image
 from test_model_configs import composed
@@ -46,6 +46,7 @@ from localization_heads.stages.run import Run
 
 SAME = {"rtol": 0, "atol": 1e-6}
 HEADS = ((4, 4), (5, 6), (5, 3))
+Scenes = list[tuple[Image.Image, str]]
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +55,15 @@ def lvlm() -> LVLM:
 
 
 @pytest.fixture(scope="module")
-def scenes() -> list[tuple[Image.Image, str]]:
+def scenes() -> Scenes:
     pairs = scene_samples(6, size=192, seeds=VALIDATION_SEEDS)
     return [(Image.fromarray(scene.image), expression.text) for scene, expression in pairs]
-
-
-def asking(lvlm: LVLM, **options: Any) -> LVLM:
-    twin = copy.copy(lvlm)
-    for name, value in options.items():
-        setattr(twin, name, value)
-    return twin
 
 
 # ------------------------------------------------------------------------------------------------- paraphrases
 
 
-def test_templates_word_an_expression_and_its_article_goes() -> None:
+def test_an_article_in_the_template_replaces_that_of_the_expression() -> None:
     assert paraphrase("the dog", None) == ["the dog"]
     assert paraphrase("The dog", ["the {}", "a {}", "{}"]) == ["the dog", "a dog", "The dog"]
     assert fill_template("the left dog.", "please find {}") == "please find the left dog."
@@ -85,36 +79,25 @@ def test_mean_of_normalised_by_hand() -> None:
     np.testing.assert_allclose(nothing, [[0.125, 0.125]], **SAME)
 
 
-def test_paraphrases_are_the_mean_of_single_questions(
-    lvlm: LVLM, scenes: list[tuple[Image.Image, str]]
-) -> None:
-    """In a batch, one by one, and with the image encoded before; a second loop over heads adds them up."""
-    both = asking(lvlm, paraphrases=("the {}", "a {}"), query_token="last_and_answer")
-    plain = asking(lvlm, query_token="last_and_answer")
-    image = scenes[0][0]
-    texts = ["frog", "the owl"]
-    together = both.attend_batch([image] * 2, texts)
-    for text, found in zip(texts, together, strict=True):
-        parts = [
-            plain.attend(image, wording) for wording in (f"the {text[-4:].strip()}", f"a {text[-4:].strip()}")
-        ]
-        assert found.query == text
-        assert found.answer_text == parts[0].answer_text
-        for layer, head in HEADS:
-            one, other = (part.attention[layer, head].astype(float) for part in parts)
-            expected = (one / one.sum() + other / other.sum()) / 2 * (one.sum() + other.sum()) / 2
-            np.testing.assert_allclose(found.attention[layer, head], expected, **SAME)
-            one, other = (part.answer[layer, head].astype(float) for part in parts)
-            expected = (one / one.sum() + other / other.sum()) / 2 * (one.sum() + other.sum()) / 2
-            np.testing.assert_allclose(found.answer[layer, head], expected, **SAME)
-        np.testing.assert_allclose(
-            both.encode_image(image).attend([text])[0].attention, found.attention, **SAME
-        )
-        np.testing.assert_allclose(both.ask(image, [text])[0].attention, found.attention, **SAME)
+def test_paraphrases_are_averaged(lvlm: LVLM, scenes: Scenes) -> None:
+    """In a batch, one by one, and on a shared encoding; a second loop over heads computes the mean."""
+    plain = variant(lvlm, query_token="last_and_answer")
+    both = variant(plain, paraphrases=("the {}", "a {}"))
+    image, texts = scenes[0][0], ["frog", "the owl"]
+    for text, found in zip(texts, both.attend_batch([image] * 2, texts), strict=True):
+        parts = [plain.attend(image, f"{article} {text.split()[-1]}") for article in ("the", "a")]
+        assert (found.query, found.answer_text) == (text, parts[0].answer_text)
+        for maps in ("attention", "answer"):
+            for head in HEADS:
+                one, other = (getattr(part, maps)[head].astype(float) for part in parts)
+                expected = (one / one.sum() + other / other.sum()) / 2 * (one.sum() + other.sum()) / 2
+                np.testing.assert_allclose(getattr(found, maps)[head], expected, **SAME)
+        for (alone,) in (both.encode_image(image).attend([text]), both.ask(image, [text])):
+            np.testing.assert_allclose(alone.attention, found.attention, **SAME)
 
 
 @pytest.mark.parametrize("templates", [["the dog"], [], "the {}", ["{} and {}"], [3], ["a {}", "cat"]])
-def test_templates_without_one_place_are_refused(templates: Any) -> None:
+def test_templates_without_one_placeholder_are_refused(templates: Any) -> None:
     with pytest.raises(UsageError, match="paraphrases="):
         load_model("tiny", paraphrases=templates)
 
@@ -143,7 +126,7 @@ def test_paraphrases_on_the_command_line() -> None:
 # ---------------------------------------------------------------------------------------------------- contrast
 
 
-def test_the_names_of_a_list_become_expressions() -> None:
+def test_listed_names_become_expressions() -> None:
     assert listed_expressions("owl, frog, frog", "the owl plain big owl") == ("the frog",)
     assert listed_expressions("There are two dogs and a cat.", "the dog") == ("the cat",)
     assert listed_expressions("", "the dog") == ()
@@ -157,7 +140,7 @@ def test_other_expressions_are_bounded_and_differ() -> None:
     assert other_expressions("it", (str(n) for n in range(99))) == tuple("01234567")
 
 
-def test_background_is_one_query_more(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+def test_background_asks_one_generic_prompt(lvlm: LVLM, scenes: Scenes) -> None:
     image, text = scenes[1]
     found = lvlm.attend(image, text, extra_prompts=ExtraPrompts("background"))
     np.testing.assert_allclose(found.attention, lvlm.attend(image, text).attention, **SAME)
@@ -166,10 +149,10 @@ def test_background_is_one_query_more(lvlm: LVLM, scenes: list[tuple[Image.Image
     np.testing.assert_allclose(other.attention, lvlm.attend(image, BACKGROUND).attention, **SAME)
 
 
-def test_siblings_are_those_of_the_data(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
-    """Paraphrases are not applied to them; what cannot be asked is passed over, and does not fail the others."""
+def test_siblings_come_from_the_data(lvlm: LVLM, scenes: Scenes) -> None:
+    """They are not paraphrased, and unusable ones are left out."""
     image, text = scenes[0]
-    twice = asking(lvlm, paraphrases=("{}", "a {}"))
+    twice = variant(lvlm, paraphrases=("{}", "a {}"))
     given = ["the owl", text, "bad </s> words", " ", "cat " * 5000, "the owl"]
     found = twice.attend(image, text, extra_prompts=ExtraPrompts("siblings", heads=HEADS), siblings=given)
     (other,) = found.others
@@ -180,7 +163,7 @@ def test_siblings_are_those_of_the_data(lvlm: LVLM, scenes: list[tuple[Image.Ima
         np.testing.assert_allclose(other.attention[0, place], whole.attention[head], **SAME)
 
 
-def test_alone_the_model_lists_what_it_sees(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+def test_without_siblings_the_model_lists_what_it_sees(lvlm: LVLM, scenes: Scenes) -> None:
     for image, text in scenes:
         found = lvlm.attend(image, text, extra_prompts=ExtraPrompts("siblings"))
         (listed,) = lvlm.encode_image(image).generate([LISTING], 24)
@@ -190,8 +173,8 @@ def test_alone_the_model_lists_what_it_sees(lvlm: LVLM, scenes: list[tuple[Image
         assert [other.query for other in found.others] == [f"the {name}" for name in names]
 
 
-def test_kept_heads_read_as_all_do(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
-    """A box from the heads that were kept is that of all maps; another head was not kept, and is an error."""
+def test_maps_of_the_kept_heads_suffice(lvlm: LVLM, scenes: Scenes) -> None:
+    """The box is the same as from all maps. To read another head is an error."""
     image, text = scenes[2]
     options = GroundingOptions(contrast="siblings", combine="consensus")
     few, all_of_them = (
@@ -212,38 +195,37 @@ def test_kept_heads_read_as_all_do(lvlm: LVLM, scenes: list[tuple[Image.Image, s
 # ----------------------------------------------------------------------------------------------------- signals
 
 
-def test_signals_are_those_of_whole_forward_passes(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
-    """Both against a forward pass of the whole prompt; in any batch alike."""
-    image, text = scenes[2]
-    (found, absent) = lvlm.attend_batch(
-        [image] * 2, [text, "the bicycle"], extra_prompts=ExtraPrompts(signals=True)
-    )
-    seen, coder = lvlm.image_for_processor(image), lvlm.processor.tokenizer
-    with torch.inference_mode():
-        logits = lvlm.model(**lvlm.model_inputs([seen], [lvlm.prompt(text)])).logits[0, -1]
-        asked = lvlm.model(**lvlm.model_inputs([seen], [lvlm.prompt(f"is there {text}?")])).logits[0, -1]
-    yes, no = coder("yes no", add_special_tokens=False)["input_ids"]
-    assert found.answer_logprob == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
-    assert found.presence_logit == pytest.approx(float(asked[yes] - asked[no]), abs=1e-4)
-    assert absent.presence_logit is not None
+def test_signals_equal_those_of_whole_forward_passes(lvlm: LVLM, scenes: Scenes) -> None:
+    """In a batch, and alone."""
+    (image, text), signals = scenes[2], ExtraPrompts(signals=True)
+    found, absent = lvlm.attend_batch([image] * 2, [text, "the bicycle"], extra_prompts=signals)
+    alone = lvlm.attend(image, text, extra_prompts=signals)
+    tokenizer = lvlm.processor.tokenizer
+    yes, no = tokenizer("yes no", add_special_tokens=False)["input_ids"]
+
+    def forward(expression: str) -> tuple[list[int], torch.Tensor]:
+        inputs = lvlm.model_inputs([lvlm.image_for_processor(image)], [lvlm.prompt(expression)])
+        with torch.inference_mode():
+            return inputs["input_ids"][0].tolist(), lvlm.model(**inputs).logits[0]
+
+    ids, logits = forward(text)
+    logprobs = torch.log_softmax(logits, -1)
+    own = tokenizer(f"{text}.", add_special_tokens=False)["input_ids"]
+    assert ids[-len(own) :] == own and len(own) > 2
+    expression_logprob = sum(
+        float(logprobs[-1 - n, ids[-n]]) for n in range(1, len(own))
+    )  # without the first
+    presence, statement = (forward(question)[1][-1] for question in (f"is there {text}?", f"is {text}?"))
+    for maps in (found, alone):
+        assert maps.answer_logprob == pytest.approx(float(logprobs[-1].max()), abs=1e-5)
+        assert maps.expression_logprob == pytest.approx(expression_logprob, abs=1e-3)
+        assert maps.presence_logit == pytest.approx(float(presence[yes] - presence[no]), abs=1e-4)
+        assert maps.statement_logit == pytest.approx(float(statement[yes] - statement[no]), abs=1e-4)
     assert absent.presence_logit < 0 < found.presence_logit
-    alone = lvlm.attend(image, text, extra_prompts=ExtraPrompts(signals=True))
-    assert alone.presence_logit == pytest.approx(found.presence_logit, abs=1e-4)
-    with torch.inference_mode():
-        inputs = lvlm.model_inputs([seen], [lvlm.prompt(text)])
-        logs = torch.log_softmax(lvlm.model(**inputs).logits[0], -1)
-        held = lvlm.model(**lvlm.model_inputs([seen], [lvlm.prompt(f"is {text}?")])).logits[0, -1]
-    ids, words = inputs["input_ids"][0], coder(f"{text}.", add_special_tokens=False)["input_ids"]
-    assert ids[-len(words) :].tolist() == words and len(words) > 2
-    own = sum(float(logs[-1 - n, ids[-n]]) for n in range(1, len(words)))  # all but the first word
-    assert found.expression_logprob == pytest.approx(own, abs=1e-3)
-    assert alone.expression_logprob == pytest.approx(own, abs=1e-3)
-    assert found.statement_logit == pytest.approx(float(held[yes] - held[no]), abs=1e-4)
     assert found.others and {other.query for other in found.others}.isdisjoint({text})
 
 
-def test_no_presence_without_words_for_it() -> None:
-    """A tokenizer that has no token for yes."""
+def test_no_presence_signal_without_tokens_for_yes_and_no() -> None:
     other, image = tiny("llava"), coordinate_image(190, 110)
     assert yes_no_tokens(other.processor.tokenizer) is None
     found = other.attend(image, "the dog", extra_prompts=ExtraPrompts(signals=True))
@@ -251,7 +233,7 @@ def test_no_presence_without_words_for_it() -> None:
     assert found.answer_logprob is not None
 
 
-def test_known_spellings_of_yes_and_no_are_single_tokens() -> None:
+def test_only_known_single_tokens_spell_yes_and_no() -> None:
     class Coder:
         unk_token_id = 0
         ids: ClassVar = {
@@ -267,7 +249,7 @@ def test_known_spellings_of_yes_and_no_are_single_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["florence2", "paligemma", "mllama", "qwen3_5", "gemma3"])
-def test_families_that_share_and_that_do_not(name: str) -> None:
+def test_extra_prompts_with_and_without_a_shared_prefix(name: str) -> None:
     lvlm, image = tiny(name), coordinate_image(190, 110)
     extra_prompts = ExtraPrompts("background", signals=True)
     together = lvlm.attend_batch([image] * 2, ["the red car", "the dog"], extra_prompts=extra_prompts)
@@ -282,10 +264,8 @@ def test_families_that_share_and_that_do_not(name: str) -> None:
         assert alone.answer_logprob == pytest.approx(found.answer_logprob, abs=1e-4)
 
 
-def test_nothing_beside_is_plain_asking(
-    lvlm: LVLM, scenes: list[tuple[Image.Image, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the bit, in as many forward passes, and without one of generation."""
+def test_no_extra_prompts_cost_nothing(lvlm: LVLM, scenes: Scenes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit-identical maps, with no other forward pass and no generation."""
     images, texts = zip(*scenes, strict=True)
     before = lvlm.prepare(images, texts).run(None)
     monkeypatch.setattr("localization_heads.lvlm.model.attend_with_extras", refuse)
@@ -306,7 +286,7 @@ def refuse(*_: Any, **__: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ stages
 
 
-def data_file(folder: Path, scenes: list[tuple[Image.Image, str]]) -> Path:
+def data_file(folder: Path, scenes: Scenes) -> Path:
     lines = []
     for number, (image, text) in enumerate(scenes[:3]):
         image.save(folder / f"s{number}.png")
@@ -326,7 +306,7 @@ MORE = (
 
 
 @pytest.fixture
-def run_of(tmp_path: Path, scenes: list[tuple[Image.Image, str]]) -> Callable[..., Run]:
+def run_of(tmp_path: Path, scenes: Scenes) -> Callable[..., Run]:
     data = data_file(tmp_path, scenes)
 
     def made(*options: str, out: str = "out") -> Run:
@@ -338,7 +318,7 @@ def run_of(tmp_path: Path, scenes: list[tuple[Image.Image, str]]) -> Callable[..
     return made
 
 
-def test_a_killed_run_goes_on_to_the_same_boxes(
+def test_an_interrupted_run_resumes_with_the_same_boxes(
     run_of: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_of(*MORE, out="whole")
@@ -366,8 +346,8 @@ def test_a_killed_run_goes_on_to_the_same_boxes(
     assert (plain.folder / "predictions.jsonl").read_text() != same[0]
 
 
-def test_a_batch_grounds_with_all_that_was_asked(run_of: Callable[..., Run]) -> None:
-    """Its attention files hold the maps of the expression alone: the rest is asked when the heads are known."""
+def test_a_batch_grounds_with_the_extra_prompts(run_of: Callable[..., Run]) -> None:
+    """Its attention files hold only the expression's maps: the rest is asked once the heads are known."""
     options = ("grounding.contrast=siblings", "query_token=last_and_answer")
     boxes = []
     for stage, out in ((ground, "one"), (batch, "two")):
@@ -378,7 +358,7 @@ def test_a_batch_grounds_with_all_that_was_asked(run_of: Callable[..., Run]) -> 
     np.testing.assert_allclose(boxes[0], boxes[1], atol=1e-3)
 
 
-def test_results_depend_on_siblings_alone_where_they_are_asked() -> None:
+def test_result_keys_depend_on_siblings_only_if_they_are_asked() -> None:
     one, two = Sample("a.png", "the dog", id="1"), Sample("a.png", "the cat", id="2")
     few, more = Entries([one]), Entries([one, two])
     assert few.result_key(one, "none") == more.result_key(one, "none") == few.key(one)
@@ -387,7 +367,7 @@ def test_results_depend_on_siblings_alone_where_they_are_asked() -> None:
     assert len(more.result_key(one, "siblings")) == len(few.key(one))
 
 
-def test_what_is_asked_is_in_the_settings(run_of: Callable[..., Run]) -> None:
+def test_settings_record_what_is_asked(run_of: Callable[..., Run]) -> None:
     plain, more = run_of(), run_of("answer_tokens=3", *MORE)
     assert "paraphrases" not in plain.model_settings
     assert "answer_tokens" not in plain.model_settings

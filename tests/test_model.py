@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import llava_model, llava_processor
 
@@ -16,7 +17,7 @@ EXPRESSIONS = ["the dog", "a red car on the left side of the very long street"]
 
 
 def random_lvlm(mode: str) -> LVLM:
-    """A random model with a processor that crops, pads or squeezes."""
+    """A random model whose processor crops, pads or squeezes."""
     return LVLM(
         llava_model(), llava_processor(mode=mode), ModelSpec("random"), system="", conv_mode="referseg"
     )
@@ -27,8 +28,7 @@ def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     return Image.fromarray(values).convert(mode)
 
 
-def test_the_record_has_shape_type_range_and_words(lvlm: LVLM, image: Image.Image) -> None:
-    """Shape, type, range, and the words that went in."""
+def test_maps_have_shape_type_range_and_texts(lvlm: LVLM, image: Image.Image) -> None:
     maps = lvlm.attend(image, " the\ndog ")
     assert maps.attention.shape == (lvlm.num_layers, lvlm.num_heads, *maps.grid)
     assert maps.attention.dtype == np.float32
@@ -44,8 +44,7 @@ def test_the_record_has_shape_type_range_and_words(lvlm: LVLM, image: Image.Imag
     assert (maps.id, maps.image_file) == ("", "")
 
 
-def test_one_by_one_and_in_a_batch(lvlm: LVLM, image: Image.Image) -> None:
-    """Prompts of different length are padded; that and the order change nothing."""
+def test_a_padded_batch_equals_single_calls(lvlm: LVLM, image: Image.Image) -> None:
     images = [image, image.rotate(180).resize((70, 130))]
     batch = lvlm.attend_batch(images, EXPRESSIONS)
     for maps, image, expression in zip(batch, images, EXPRESSIONS, strict=True):
@@ -55,28 +54,19 @@ def test_one_by_one_and_in_a_batch(lvlm: LVLM, image: Image.Image) -> None:
     assert np.abs(batch[0].attention - batch[1].attention).max() > 1e-3
 
 
-def test_the_expression_and_the_image_matter(lvlm: LVLM, image: Image.Image) -> None:
-    """Otherwise the tests above compare nothing with nothing."""
+def test_maps_depend_on_expression_and_image_alone(lvlm: LVLM, image: Image.Image) -> None:
     first = lvlm.attend(image, "the dog").attention
+    np.testing.assert_array_equal(first, lvlm.attend(image, "the dog").attention)
     assert np.abs(first - lvlm.attend(image, "What is on the left?").attention).max() > 1e-4
     assert np.abs(first - lvlm.attend(image.rotate(180), "the dog").attention).max() > 1e-4
 
 
-def test_the_same_twice(lvlm: LVLM, image: Image.Image) -> None:
-    first, second = (lvlm.attend(image, "the dog").attention for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-
-
 @pytest.mark.parametrize("last", [0, 1, -2, -1])
-def test_early_exit_changes_nothing_up_to_the_last_layer_wanted(
-    lvlm: LVLM, image: Image.Image, last: int
-) -> None:
-    """Equal up to the last layer that is wanted, zero after it, in a batch too."""
+def test_early_exit_gives_the_same_maps_and_then_zeros(lvlm: LVLM, image: Image.Image, last: int) -> None:
     last_layer = range(lvlm.num_layers)[last]
     full = lvlm.attend_batch([image, image], EXPRESSIONS)
-    for maps, whole in zip(
-        lvlm.attend_batch([image, image], EXPRESSIONS, last_layer=last_layer), full, strict=True
-    ):
+    early = lvlm.attend_batch([image, image], EXPRESSIONS, last_layer=last_layer)
+    for maps, whole in zip(early, full, strict=True):
         assert maps.attention.shape == whole.attention.shape
         np.testing.assert_array_equal(maps.attention[: last_layer + 1], whole.attention[: last_layer + 1])
         assert not maps.attention[last_layer + 1 :].any()
@@ -102,7 +92,7 @@ def test_half_precision_gives_about_the_same_sums(lvlm: LVLM, image: Image.Image
         ("squeeze", (100, 50), (0.0, 0.0, 100.0, 50.0)),
     ],
 )
-def test_geometry_reaches_the_record(
+def test_maps_have_the_processors_geometry(
     mode: str, size: tuple[int, int], box: tuple[float, float, float, float]
 ) -> None:
     maps = random_lvlm(mode).attend(noise(size), "the dog")
@@ -112,8 +102,7 @@ def test_geometry_reaches_the_record(
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "squeeze"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 2)])
-def test_tiny_images_keep_a_place_for_every_cell(mode: str, size: tuple[int, int]) -> None:
-    """Every cell keeps a place, and nothing is divided by zero."""
+def test_tiny_images_have_cells_of_positive_size(mode: str, size: tuple[int, int]) -> None:
     maps = random_lvlm(mode).attend(noise(size), "the dog")
     assert np.isfinite(maps.attention).all()
     x0, y0, x1, y1 = maps.image_box
@@ -123,7 +112,7 @@ def test_tiny_images_keep_a_place_for_every_cell(mode: str, size: tuple[int, int
 
 @pytest.mark.parametrize("size", [(60_000, 500), (1, 20_000_000)])
 @pytest.mark.parametrize("mode", ["pad", "crop"])
-def test_images_too_long_and_thin(mode: str, size: tuple[int, int]) -> None:
+def test_extreme_aspect_ratios_are_refused(mode: str, size: tuple[int, int]) -> None:
     """Few pixels, but padding or resizing would make gigabytes of them: refused before that."""
     image = Image.new("L", size).convert("RGB")
     if mode == "crop" and size[0] == 60_000:
@@ -144,33 +133,26 @@ def test_control_tokens_never_reach_the_model(lvlm: LVLM, image: Image.Image) ->
 @pytest.mark.parametrize(
     "expression", ["🐕‍🦺🔥", "the dog " * 100, "狗在左边", "a\nb", "'; DROP TABLE heads; --", "-"]
 )
-def test_odd_expressions_have_finite_maps(lvlm: LVLM, image: Image.Image, expression: str) -> None:
+def test_unusual_expressions_have_finite_maps(lvlm: LVLM, image: Image.Image, expression: str) -> None:
     maps = lvlm.attend(image, expression)
     assert np.isfinite(maps.attention).all()
     assert maps.query == expression
 
 
-def test_each_conv_mode_asks_in_its_own_words(image: Image.Image, lvlm: LVLM) -> None:
-    """Each mode asks in its own words, and the prompts differ."""
-    prompts = {
-        mode: load_model(device="cpu", conv_mode=mode).attend(image, "the dog").prompt
-        for mode in ("chat", "plain")
-    }
-    assert prompts["plain"] == f"{lvlm.image_token}\nthe dog."
-    assert prompts["chat"].count(lvlm.image_token) == 1
-    assert "the dog." in prompts["chat"]
-
-
-def test_a_model_without_a_chat_template_says_so() -> None:
+def test_each_conv_mode_has_its_own_prompt(image: Image.Image, lvlm: LVLM) -> None:
+    chat, plain = (
+        load_model(device="cpu", conv_mode=mode).attend(image, "the dog").prompt for mode in ("chat", "plain")
+    )
+    assert plain == f"{lvlm.image_token}\nthe dog."
+    assert chat.count(lvlm.image_token) == 1
+    assert "the dog." in chat
     with pytest.raises(UsageError, match="conv_mode=chat: random brings no chat template"):
         random_lvlm("crop").chat_prompt("the dog")
 
 
-def test_out_of_memory_names_the_option(
+def test_out_of_memory_is_an_error_that_names_the_option(
     lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -179,6 +161,6 @@ def test_out_of_memory_names_the_option(
         lvlm.attend(image, "the dog")
 
 
-def test_a_prompt_longer_than_the_model_reads_is_refused(lvlm: LVLM, image: Image.Image) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(lvlm: LVLM, image: Image.Image) -> None:
     with pytest.raises(UsageError, match="tokens with the image"):
         lvlm.attend(image, "dog " * 5000)

@@ -1,4 +1,4 @@
-"""Heads steered towards a region: sdpa against eager, and against the softmax written out."""
+"""Heads steered towards a region, compared with eager attention and with the softmax written out."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from transformers import AttentionInterface
 
 import localization_heads as lh
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.families.geometry import ProcessedImage
-from localization_heads.lvlm.families.table import views_of
 from localization_heads.lvlm.forward.capture import capture
 from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
@@ -43,10 +41,14 @@ def kernel(lvlm: LVLM, name: str) -> Iterator[None]:
         lvlm.model.set_attn_implementation(before)
 
 
+def two_prompts(lvlm: LVLM) -> dict[str, Any]:
+    prompts = [lvlm.prompt("the red car"), lvlm.prompt("the dog left in this image")]
+    return lvlm.model_inputs([PICTURE, PICTURE], prompts)
+
+
 def rows_and_written(lvlm: LVLM) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
     """By layer, the captured rows (B, H, K), and what the heads write (tokens, H x D), of two prompts in a batch."""
-    prompts = [lvlm.prompt("the red car"), lvlm.prompt("the dog left in this image")]
-    inputs = lvlm.model_inputs([PICTURE, PICTURE], prompts)
+    inputs = two_prompts(lvlm)
     decoder = {"decoder_input_ids": torch.tensor([[2], [2]])} if lvlm.model.config.is_encoder_decoder else {}
     written: dict[int, torch.Tensor] = {}
 
@@ -61,7 +63,7 @@ def rows_and_written(lvlm: LVLM) -> tuple[dict[int, torch.Tensor], dict[int, tor
         lvlm.model(**inputs, **decoder, use_cache=False)
     for hook in hooks:
         hook.remove()
-    if not lvlm.model.config.is_encoder_decoder:  # what padding reads is nobody's business
+    if not lvlm.model.config.is_encoder_decoder:  # leave out padding
         real = inputs["attention_mask"].bool()
         written = {layer: values[real] for layer, values in written.items()}
     return recorder.rows, written
@@ -69,10 +71,8 @@ def rows_and_written(lvlm: LVLM) -> tuple[dict[int, torch.Tensor], dict[int, tor
 
 def region_mass(lvlm: LVLM, rows: torch.Tensor, sample: int) -> torch.Tensor:
     """(H,) the attention of a row (B, H, K) on the cells that overlap the region, cell by cell."""
-    prompts = [lvlm.prompt("the red car"), lvlm.prompt("the dog left in this image")]
-    inputs = lvlm.model_inputs([PICTURE, PICTURE], prompts)
     total = torch.zeros(rows.shape[1])
-    for view in views_of(ProcessedImage(lvlm.model.config, lvlm.processor, inputs, sample, PICTURE.size)):
+    for view in lvlm.views_in(two_prompts(lvlm), sample, PICTURE):
         for (row, column), key in np.ndenumerate(view.index):
             across = view.x_edges[column] < REGION[2] and view.x_edges[column + 1] > REGION[0]
             down = view.y_edges[row] < REGION[3] and view.y_edges[row + 1] > REGION[1]
@@ -82,10 +82,10 @@ def region_mass(lvlm: LVLM, rows: torch.Tensor, sample: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_chosen_head_alone_gains_the_odds_on_the_region(name: str) -> None:
-    """The last layer's chosen head gets `exp(strength)` times the odds on the region, and no other head moves.
+def test_only_the_steered_head_gains_odds_on_the_region(name: str) -> None:
+    """The head gets `exp(strength)` times the odds on the region, with sdpa and eager; no other head changes.
 
-    With sdpa and with eager attention alike. Heads are those that write their slice of the projection's input.
+    Nor does any other slice of the output projection's input.
     """
     lvlm, strength = tiny(name), 1.5
     head = lvlm.num_heads - 1
@@ -105,14 +105,8 @@ def test_the_chosen_head_alone_gains_the_odds_on_the_region(name: str) -> None:
     others = [other for other in range(lvlm.num_heads) if other != head]
     torch.testing.assert_close(steered[layer][:, others], plain[layer][:, others], **CLOSE)
     size = written[layer].shape[-1] // lvlm.num_heads
-    changed = (
-        (written[layer] - plain_written[layer])
-        .abs()
-        .flatten(0, -2)
-        .amax(0)
-        .reshape(lvlm.num_heads, size)
-        .amax(1)
-    )
+    change = (written[layer] - plain_written[layer]).abs().flatten(0, -2)
+    changed = change.amax(0).reshape(lvlm.num_heads, size).amax(1)
     assert changed[head] > 1e-6
     assert changed[others].max() < 1e-5
     if name != "paligemma2":  # soft-capped: eager only
@@ -122,8 +116,8 @@ def test_the_chosen_head_alone_gains_the_odds_on_the_region(name: str) -> None:
             torch.testing.assert_close(eager[one], steered[one], **CLOSE)
 
 
-def test_captured_rows_equal_eager(lvlm: LVLM, image: Image.Image) -> None:
-    """Of a steered model, too: `output_attentions` of eager attention says the same, at every key."""
+def test_captured_rows_of_a_steered_model_equal_eager(lvlm: LVLM, image: Image.Image) -> None:
+    """At every key."""
     copy = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system=lvlm.system, conv_mode=lvlm.conv_mode)
     with lh.steer(copy, [(4, 4), (4, 5), (2, 1)], REGION, 3.0):
         inputs = copy.model_inputs([image], [copy.prompt("the dog")])
@@ -136,8 +130,8 @@ def test_captured_rows_equal_eager(lvlm: LVLM, image: Image.Image) -> None:
         torch.testing.assert_close(rows, attentions[layer][:, :, -1], **CLOSE)
 
 
-def test_all_ways_to_ask_agree(lvlm: LVLM, image: Image.Image) -> None:
-    """Encoded before the block, in it, in a batch with another length, alone; and after it as before."""
+def test_all_ways_to_ask_are_steered_alike(lvlm: LVLM, image: Image.Image) -> None:
+    """Encoded before the block or in it, in a padded batch, and alone; after the block, all are as before."""
     encoded, expressions = lvlm.encode_image(image), ["the dog", "the small red car on the left"]
 
     def ways() -> list[np.ndarray]:
@@ -159,14 +153,14 @@ def test_all_ways_to_ask_agree(lvlm: LVLM, image: Image.Image) -> None:
 
 
 def sliding() -> LVLM:
-    """Each layer sees twelve tokens: of the image's 36 the last few, and in a decoding step fewer."""
+    """A window of twelve tokens, which covers only the last of the image's 36."""
     model = llava_model(text="mistral", sliding_window=12)
     return LVLM(model, llava_processor(), ModelSpec("sliding"), system="", conv_mode="plain")
 
 
 @pytest.mark.parametrize("kind", ["embedded", "sliding"])
 def test_answers_are_steered_with_a_cache_as_without(lvlm: LVLM, image: Image.Image, kind: str) -> None:
-    """Each generated token comes from the logits that the whole text so far, read anew, gives."""
+    """Each step's logits equal those of a forward pass over the whole text so far."""
     asked = lvlm if kind == "embedded" else sliding()
     region = REGION if kind == "embedded" else (35, 0, 125, 90)
     heads = [(layer, head) for layer in range(1, asked.num_layers) for head in range(0, asked.num_heads, 2)]
@@ -193,7 +187,7 @@ def test_answers_are_steered_with_a_cache_as_without(lvlm: LVLM, image: Image.Im
 
 
 def test_only_tokens_after_the_image_are_steered(lvlm: LVLM, image: Image.Image) -> None:
-    """What the tokens up to the image's last read is the same; what all later ones read is not."""
+    """Up to the last image token, nothing changes; all later tokens change."""
     inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     seen: list[torch.Tensor] = []
     hook = output_projection(lvlm, 4).register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
@@ -207,7 +201,7 @@ def test_only_tokens_after_the_image_are_steered(lvlm: LVLM, image: Image.Image)
     assert change[: last + 1].max() < 1e-5 < change[last + 1 :].min()
 
 
-def test_strength_zero_changes_nothing(lvlm: LVLM, image: Image.Image) -> None:
+def test_strength_zero_and_errors_leave_the_model_unchanged(lvlm: LVLM, image: Image.Image) -> None:
     plain, registry = lvlm.attend(image, "the dog").attention, dict(AttentionInterface._global_mapping)
     for heads, strength in [([(4, 4)], 0), ([], 5.0)]:
         with lh.steer(lvlm, heads, REGION, strength):
@@ -229,16 +223,14 @@ def test_strength_zero_changes_nothing(lvlm: LVLM, image: Image.Image) -> None:
         ("here", "four numbers"),
     ],
 )
-def test_regions_outside_or_broken_are_refused(
-    lvlm: LVLM, image: Image.Image, region: Any, message: str
-) -> None:
+def test_invalid_regions_are_refused(lvlm: LVLM, image: Image.Image, region: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught, lh.steer(lvlm, [(4, 4)], region, 1.0):
         lvlm.attend(image, "the dog")
     assert "\n" not in str(caught.value)
     assert not lvlm.changes
 
 
-def test_what_cannot_be_steered_is_refused(lvlm: LVLM, image: Image.Image) -> None:
+def test_unsupported_models_and_uses_are_refused(lvlm: LVLM, image: Image.Image) -> None:
     inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     with pytest.raises(UsageError, match="there is no L6H0"), lh.steer(lvlm, [(6, 0)], REGION, 1.0):
         pass

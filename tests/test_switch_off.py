@@ -1,4 +1,4 @@
-"""Heads switched off, against a copy of the model whose projection has no weights for them."""
+"""Heads switched off, compared with a copy of the model whose output projection has zero weights for them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ def two_heads(lvlm: LVLM) -> list[tuple[int, int]]:
     return [(layers[0], lvlm.num_heads - 1), (layers[-1], 1)]
 
 
-def logits(lvlm: LVLM, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+@pytest.fixture
+def inputs(lvlm: LVLM, image: Image.Image) -> Mapping[str, Any]:
+    return lvlm.model_inputs([image], [lvlm.prompt("the dog")])
+
+
+def logits(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     decoder = {"decoder_input_ids": torch.tensor([[2]])} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():
         return model(**inputs, **decoder, use_cache=False).logits
 
 
-def without_rows(lvlm: LVLM, heads: Sequence[tuple[int, int]]) -> nn.Module:
-    """A copy of the model in which what the heads write is multiplied by zero weights."""
+def without_weights(lvlm: LVLM, heads: Sequence[tuple[int, int]]) -> nn.Module:
+    """A copy of the model whose output projections have zero weights for the heads."""
     copy = deepcopy(lvlm.model)
     modules = attention_modules(copy)
     for layer, head in heads:
@@ -54,54 +59,54 @@ def without_rows(lvlm: LVLM, heads: Sequence[tuple[int, int]]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_zero_is_a_projection_without_weights(name: str) -> None:
+def test_zero_equals_a_projection_without_weights(name: str) -> None:
     lvlm = tiny(name)
     heads = two_heads(lvlm)
     inputs = lvlm.model_inputs([Image.new("RGB", (150, 110), (90, 20, 60))], [lvlm.prompt("the red car")])
-    plain = logits(lvlm, lvlm.model, inputs)
+    plain = logits(lvlm.model, inputs)
     with lh.switch_off(lvlm, heads):
-        off = logits(lvlm, lvlm.model, inputs)
-    torch.testing.assert_close(off, logits(lvlm, without_rows(lvlm, heads), inputs), **CLOSE)
+        off = logits(lvlm.model, inputs)
+    torch.testing.assert_close(off, logits(without_weights(lvlm, heads), inputs), **CLOSE)
     assert (off - plain).abs().max() > 1e-6
-    assert torch.equal(logits(lvlm, lvlm.model, inputs), plain)
+    assert torch.equal(logits(lvlm.model, inputs), plain)
 
 
-def test_the_embedded_model_is_as_without_the_weights(lvlm: LVLM, image: Image.Image) -> None:
+def test_several_heads_of_the_embedded_model(lvlm: LVLM, inputs: Mapping[str, Any]) -> None:
     heads = [(4, 4), (5, 6), (5, 3)]
-    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
-    expected = logits(lvlm, without_rows(lvlm, heads), inputs)
+    expected = logits(without_weights(lvlm, heads), inputs)
     with lh.switch_off(lvlm, heads):
-        torch.testing.assert_close(logits(lvlm, lvlm.model, inputs), expected, **CLOSE)
+        torch.testing.assert_close(logits(lvlm.model, inputs), expected, **CLOSE)
 
 
-def test_mean_by_hand(image: Image.Image) -> None:
-    """The slice of every token is the mean over the tokens that are no padding, also in a padded batch."""
+def test_mean_equals_the_mean_by_hand(image: Image.Image) -> None:
+    """The slice of every token is the mean over the tokens that are not padding, also in a padded batch."""
     lvlm, (layer, head) = tiny("llava"), (1, 2)
-    projection, seen = output_projection(lvlm, layer), []
     inputs = lvlm.model_inputs([image, image], [lvlm.prompt("the red car"), lvlm.prompt("dog")])
-    keep = projection.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-    logits(lvlm, lvlm.model, inputs)
-    keep.remove()
+    seen: list[torch.Tensor] = []
+
+    def run() -> None:
+        hook = output_projection(lvlm, layer).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].clone())
+        )
+        logits(lvlm.model, inputs)
+        hook.remove()
+
+    run()
     with lh.switch_off(lvlm, [(layer, head)], how="mean"):
-        keep = projection.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-        logits(lvlm, lvlm.model, inputs)
-        keep.remove()
+        run()
     before, after = seen
     size = before.shape[-1] // lvlm.num_heads
-    own = slice(head * size, (head + 1) * size)
-    for sample, mask in enumerate(inputs["attention_mask"].bool()):
-        mean = torch.stack(
-            [row for row, real in zip(before[sample, :, own], mask, strict=True) if real]
-        ).mean(0)
-        torch.testing.assert_close(after[sample, :, own], mean.expand(before.shape[1], -1), **CLOSE)
+    own = torch.zeros(before.shape[-1], dtype=torch.bool)
+    own[head * size : (head + 1) * size] = True
     assert not inputs["attention_mask"].all()
-    others = [column for column in range(before.shape[-1]) if not own.start <= column < own.stop]
-    assert torch.equal(before[..., others], after[..., others])
+    for sample, mask in enumerate(inputs["attention_mask"].bool()):
+        mean = before[sample, mask][:, own].mean(0)
+        torch.testing.assert_close(after[sample][:, own], mean.expand(before.shape[1], -1), **CLOSE)
+    assert torch.equal(before[..., ~own], after[..., ~own])
 
 
-def test_mean_while_answering(lvlm: LVLM, image: Image.Image) -> None:
-    """Tokens of the answer get the prompt's mean: generation is the same with a cache and without."""
-    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
+def test_mean_while_generating(lvlm: LVLM, inputs: Mapping[str, Any]) -> None:
+    """The answer's tokens get the prompt's mean: generation is the same with a cache and without."""
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_scores": True}
     with lh.switch_off(lvlm, [(2, 0), (4, 4)], how="mean"), torch.inference_mode():
         made = lvlm.model.generate(**inputs, **options, return_dict_in_generate=True)
@@ -109,30 +114,25 @@ def test_mean_while_answering(lvlm: LVLM, image: Image.Image) -> None:
     torch.testing.assert_close(made.scores[0][0], first, **CLOSE)
 
 
-@pytest.mark.parametrize("how", ["zero", "mean"])
-def test_no_head_changes_nothing(lvlm: LVLM, image: Image.Image, how: Any) -> None:
-    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
-    plain = logits(lvlm, lvlm.model, inputs)
-    with lh.switch_off(lvlm, [], how=how):
-        assert not lvlm.changes
-        assert torch.equal(logits(lvlm, lvlm.model, inputs), plain)
-
-
-def test_nested_blocks_add_up_and_errors_undo_them(lvlm: LVLM, image: Image.Image) -> None:
-    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
-    plain = logits(lvlm, lvlm.model, inputs)
+def test_no_head_nested_blocks_and_errors(lvlm: LVLM, inputs: Mapping[str, Any]) -> None:
+    """No head changes nothing; nested blocks add up; an error restores the model."""
+    plain = logits(lvlm.model, inputs)
+    for how in ("zero", "mean"):
+        with lh.switch_off(lvlm, [], how=how):  # type: ignore[arg-type]
+            assert not lvlm.changes
+            assert torch.equal(logits(lvlm.model, inputs), plain)
     with lh.switch_off(lvlm, [(4, 4), (5, 6)]):
-        both = logits(lvlm, lvlm.model, inputs)
+        both = logits(lvlm.model, inputs)
     with lh.switch_off(lvlm, [(4, 4)]), lh.switch_off(lvlm, [(5, 6)]):
-        assert torch.equal(logits(lvlm, lvlm.model, inputs), both)
+        assert torch.equal(logits(lvlm.model, inputs), both)
     with pytest.raises(ZeroDivisionError), lh.switch_off(lvlm, [(4, 4)]), lh.switch_off(lvlm, [(5, 6)]):
         _ = 1 / 0
     assert not lvlm.changes
-    assert torch.equal(logits(lvlm, lvlm.model, inputs), plain)
+    assert torch.equal(logits(lvlm.model, inputs), plain)
 
 
 @pytest.mark.parametrize("how", ["zero", "mean"])
-def test_encoded_images_do_not_leak(lvlm: LVLM, image: Image.Image, how: Any) -> None:
+def test_encoded_images_follow_the_change(lvlm: LVLM, image: Image.Image, how: Any) -> None:
     """An image that was encoded before, inside or after the block gives the maps of the model as it then is."""
     encoded, heads = lvlm.encode_image(image), [(2, 0), (3, 1)]
 
@@ -152,16 +152,16 @@ def test_encoded_images_do_not_leak(lvlm: LVLM, image: Image.Image, how: Any) ->
         *others_off, off = ways()
         inside = lvlm.encode_image(image)
     *others_after, after = ways()
-    for found, expected in [(others, plain), (others_off, off), (others_after, plain)]:
-        for one in found:
-            np.testing.assert_allclose(one, expected, **CLOSE)
+    for one in (*others, *others_after, inside.attend(["the dog"])[0].attention):
+        np.testing.assert_allclose(one, plain, **CLOSE)
+    for one in others_off:
+        np.testing.assert_allclose(one, off, **CLOSE)
     assert np.array_equal(after, plain)
     assert np.abs(off - plain).max() > 1e-4
-    np.testing.assert_allclose(inside.attend(["the dog"])[0].attention, plain, **CLOSE)
 
 
 def test_answers_change_and_come_back(lvlm: LVLM) -> None:
-    """A whole layer less: a conversation in another thread says something else."""
+    """Three layers without heads: a conversation, which generates in another thread, gives another answer."""
     image = Image.open("examples/images/duck_9.png").convert("RGB")
 
     def say() -> str:
@@ -183,19 +183,16 @@ def test_answers_change_and_come_back(lvlm: LVLM) -> None:
         ([7], "names no head"),
     ],
 )
-def test_heads_that_do_not_exist(lvlm: LVLM, heads: Any, message: str) -> None:
+def test_unknown_heads_are_refused(lvlm: LVLM, heads: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught, lh.switch_off(lvlm, heads):
         pass
     assert "\n" not in str(caught.value)
     assert not lvlm.changes
 
 
-def test_layers_without_such_heads() -> None:
+def test_unsupported_models_and_modes_are_refused(lvlm: LVLM) -> None:
     with pytest.raises(UsageError, match="layer 0 has no heads that see the image"):  # linear attention
         lh.switch_off(tiny("qwen3_5"), [(0, 0)]).__enter__()
-
-
-def test_unknown_projections_are_refused(lvlm: LVLM) -> None:
     copy = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system="", conv_mode="plain")
     module = copy.attention_modules[5]
     module.o_proj = nn.Linear(200, 128)

@@ -1,4 +1,4 @@
-"""Words that the embedded model does not know, and the note that names them."""
+"""Words that the embedded model does not know, and the warning that lists them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lvlm() -> LVLM:
     return lh.load_model(device="cpu")
 
 
-def test_words_that_the_model_does_not_know_are_named(lvlm: LVLM) -> None:
+def test_unknown_words_are_found(lvlm: LVLM) -> None:
     tokenizer = lvlm.processor.tokenizer
     asked = ["the dog, a zebra!", "zebra on the left", "unicorn ."]
     assert unknown_words(tokenizer, asked) == ["zebra", "unicorn"]
@@ -26,7 +26,7 @@ def test_words_that_the_model_does_not_know_are_named(lvlm: LVLM) -> None:
     assert tokenizer("zebra", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
 
 
-def test_one_note_for_all_expressions(lvlm: LVLM) -> None:
+def test_one_warning_for_all_expressions(lvlm: LVLM) -> None:
     warn_of_unknown_words(lvlm, ["the dog", "the cat on the left."])
     assert lvlm.notes == []
     warn_of_unknown_words(lvlm, ["the zebra"])
@@ -38,7 +38,7 @@ def test_one_note_for_all_expressions(lvlm: LVLM) -> None:
     assert note.endswith(", in 11 of 12 expressions")
 
 
-def test_grounding_names_them(lvlm: LVLM) -> None:
+def test_grounding_warns_of_unknown_words(lvlm: LVLM) -> None:
     ((scene, _),) = scene_samples(1, size=96, seeds=VALIDATION_SEEDS)
     image = Image.fromarray(scene.image)
     lh.ground(lvlm, image, "the zebra", segmenter=None)
