@@ -23,7 +23,7 @@ from localization_heads.evaluation.metrics import bootstrap_interval
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
-from localization_heads.options.compose import preset
+from localization_heads.options.compose import load_preset
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.artwork import HELD_OUT_STYLE
 from localization_heads.scenes.expressions import Expression
@@ -41,12 +41,12 @@ SETS: dict[str, tuple[str | None, int | None]] = {
 }
 """Art style and rows that are kept, by name."""
 
-SHARP = preset("grounding", "sharp")
+SHARP = load_preset("grounding", "sharp")
 MAP = {**SHARP, "box_from": "map"}
 PLAIN = {"sigma": 0.0, "means": 1.5, "component": "largest_mass"}
 ROWS: dict[str, Mapping[str, Any]] = {
     "`grounding=paper`": {},
-    "`grounding=published`": {**preset("grounding", "published"), "ignore_padding": False},
+    "`grounding=published`": {**load_preset("grounding", "published"), "ignore_padding": False},
     "`sigma=0`": {"sigma": 0.0},
     "`sigma=0 means=1.5`": {"sigma": 0.0, "means": 1.5},
     "`sigma=0 means=1.5 component=largest_mass`": PLAIN,

@@ -91,11 +91,11 @@ def write_data(folder: Path, count: int) -> Path:
 
 def stand_in_run(data: Path, count: int) -> Any:
     """The finder's options, composed as the command composes them, around a model that costs nothing."""
-    from localization_heads.options.compose import composed
+    from localization_heads.options.compose import compose_options
     from localization_heads.stages.run import Run
 
     out = f"output_dir={data.parent / 'out'}"
-    run = Run(composed("finder", f"data_file={data}", out, f"num_samples={count}", "batch_size=64"))
+    run = Run(compose_options("finder", f"data_file={data}", out, f"num_samples={count}", "batch_size=64"))
     run.__dict__["lvlm"] = StandIn()  # where the cached property would put it
     return run
 

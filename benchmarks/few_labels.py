@@ -24,9 +24,9 @@ from localization_heads.heads.labels import rank_by_score, shrink_scores
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.model import LVLM
-from localization_heads.options.compose import newcomers_grounding
-from localization_heads.options.parts import Shrink
-from localization_heads.options.surroundings import ScenesOptions
+from localization_heads.options.compose import default_grounding
+from localization_heads.options.finder_mixins import Shrink
+from localization_heads.options.stage_groups import ScenesOptions
 from localization_heads.scenes.write import write_scenes
 
 COUNTS = (1, 2, 5, 10, 20, 50)
@@ -53,7 +53,7 @@ def measured(
         np.stack([one.spatial_entropy for one in statistics]),
         top_n=lvlm.spec.top_n,
     )
-    options, known = newcomers_grounding(), dict[tuple[lh.Head, ...], NDArray[np.float64]]()
+    options, known = default_grounding(), dict[tuple[lh.Head, ...], NDArray[np.float64]]()
 
     def right(heads: Sequence[lh.Head]) -> NDArray[np.float64]:
         key = tuple(sorted(heads))

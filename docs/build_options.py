@@ -8,8 +8,14 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
-from localization_heads.options.compose import PROGRAMS, choices, choices_of, option_names, written
-from localization_heads.options.kinds import Options, group_of, wants
+from localization_heads.options.compose import (
+    PROGRAMS,
+    choices_of,
+    default_choices,
+    format_yaml,
+    option_names,
+)
+from localization_heads.options.declaration import Options, describe_requirement, option_group
 from localization_heads.options.programs import FinderOptions
 
 COMMANDS = {
@@ -24,7 +30,7 @@ def markdown() -> str:
     """Every option of the finder by group, then the options that only the other programs have."""
     parts = [_presets(), _table("Options of the run", _single(FinderOptions))]
     for name, field in FinderOptions.__pydantic_fields__.items():
-        if group := group_of(field):
+        if group := option_group(field):
             parts.append(_table(f"`{name}`", [(f"{name}.{key}", one) for key, one in _single(group)]))
     known = option_names("finder")
     for program, kind in PROGRAMS.items():
@@ -37,7 +43,7 @@ def markdown() -> str:
 def _presets() -> str:
     fields, extra = FinderOptions.__pydantic_fields__, FinderOptions.EXTRA_GROUPS
     rows = []
-    for name, default in choices("finder").items():
+    for name, default in default_choices("finder").items():
         sentence = extra[name][1] if name in extra else str(fields[name].description)
         listed = ", ".join(f"`{choice}`" for choice in choices_of(name))
         rows.append(f"| `{name}` | `{default}` | {listed} | {sentence} |")
@@ -46,12 +52,12 @@ def _presets() -> str:
 
 
 def _single(kind: type[Options]) -> Iterator[tuple[str, FieldInfo]]:
-    return ((name, field) for name, field in kind.__pydantic_fields__.items() if group_of(field) is None)
+    return ((name, field) for name, field in kind.__pydantic_fields__.items() if option_group(field) is None)
 
 
 def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str, FieldInfo]]) -> str:
     rows = [
-        f"| `{name}` | `{written(field.default)}` | {_takes(field)} | {field.description} |"
+        f"| `{name}` | `{format_yaml(field.default)}` | {_takes(field)} | {field.description} |"
         for name, field in options
     ]
     return (
@@ -62,7 +68,9 @@ def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str
 
 def _takes(field: FieldInfo) -> str:
     """The allowed values, from the hint of the error message."""
-    return re.sub(r"^(give|write|choose one of|choose) |, choose one of(?= )", "", wants(field))
+    return re.sub(
+        r"^(give|write|choose one of|choose) |, choose one of(?= )", "", describe_requirement(field)
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from localization_heads.head_choice import check_heads, heads_found_with, resolv
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking
 from localization_heads.hub import is_repository, load_heads
-from localization_heads.options.compose import choices_of, newcomers_grounding, preset
+from localization_heads.options.compose import choices_of, default_grounding, load_preset
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import Segmenter
 
@@ -97,7 +97,7 @@ def _parse_head(value: Any) -> Head:
 def read_out(options: ReadOut) -> GroundingOptions:
     """The read-out options. ArgumentError for an unknown preset or option."""
     if options is None:
-        return newcomers_grounding()
+        return default_grounding()
     if isinstance(options, GroundingOptions):
         return options
     try:
@@ -106,8 +106,8 @@ def read_out(options: ReadOut) -> GroundingOptions:
                 raise ArgumentError(
                     f"options={shown(options)}: choose one of {', '.join(choices_of('grounding'))}"
                 )
-            return GroundingOptions.of(preset("grounding", options))
-        return replace(newcomers_grounding(), **options)
+            return GroundingOptions.of(load_preset("grounding", options))
+        return replace(default_grounding(), **options)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"options={shown(options)}: {' '.join(str(error).split())[:200]}") from None
 
@@ -122,7 +122,7 @@ def masks(segmenter: Masks) -> Segmenter | None:
             raise ArgumentError(
                 f"segmenter={shown(segmenter)}: choose one of {', '.join(choices_of('segmenter'))}"
             )
-        segmenter = SegmenterOptions.of(preset("segmenter", segmenter))
+        segmenter = SegmenterOptions.of(load_preset("segmenter", segmenter))
     if isinstance(segmenter, SegmenterOptions):
         return make_segmenter(segmenter)
     return segmenter

@@ -40,8 +40,8 @@ from localization_heads.lvlm.extra_prompts import (
     sensitivity_prompts,
 )
 from localization_heads.lvlm.native_box import with_box_span
+from localization_heads.options.finder_mixins import HeadsBy, Shrink
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.parts import HeadsBy, Shrink
 
 if TYPE_CHECKING:
     from PIL import Image

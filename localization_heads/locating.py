@@ -22,8 +22,8 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import MIN_INSTANCE_MASS_OF_PLACES, ground_maps
 from localization_heads.located import Located
 from localization_heads.lvlm.vocabulary import singularize_unknown_words, warn_of_unknown_words
+from localization_heads.options.finder_mixins import PLACES, ImageBoxes, InstancesBy
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.parts import PLACES, ImageBoxes, InstancesBy
 from localization_heads.segmentation.segmenter import GRABCUT, Proposer
 
 if TYPE_CHECKING:

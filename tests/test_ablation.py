@@ -19,7 +19,7 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import generate_box
-from localization_heads.options.surroundings import ScenesOptions
+from localization_heads.options.stage_groups import ScenesOptions
 from localization_heads.scenes.expressions import make_questions
 from localization_heads.scenes.write import two_object_scenes
 from localization_heads.stages import ablate

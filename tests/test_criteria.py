@@ -27,7 +27,7 @@ from localization_heads.heads.criteria import (
     spatial_entropy,
 )
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads
-from localization_heads.options.compose import preset
+from localization_heads.options.compose import load_preset
 from localization_heads.options.groups import CriteriaOptions
 
 LN2 = math.log(2)
@@ -41,7 +41,9 @@ def bottom_row_focus(maps, threshold="mean"):
     return head_statistics(maps, CriteriaOptions(threshold=threshold)).bottom_row_focus
 
 
-JUNE, AUGUST = (CriteriaOptions.of(preset("criteria", name)) for name in ("published", "published_august"))
+JUNE, AUGUST = (
+    CriteriaOptions.of(load_preset("criteria", name)) for name in ("published", "published_august")
+)
 
 
 def drawn(*rows):

@@ -42,7 +42,7 @@ from localization_heads.errors import UsageError
 from localization_heads.figures.style import VERMILLION
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.checkpoints import loading
-from localization_heads.options.compose import composed
+from localization_heads.options.compose import compose_options
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.options.programs import DemoOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
@@ -54,7 +54,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @cache
 def options() -> DemoOptions:
-    found = composed("demo", "device=cpu", "open_browser=false")
+    found = compose_options("demo", "device=cpu", "open_browser=false")
     assert isinstance(found, DemoOptions)
     return found
 

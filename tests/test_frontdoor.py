@@ -20,8 +20,8 @@ import localization_heads as lh
 from localization_heads.apps import frontdoor
 from localization_heads.apps.frontdoor import Given, help_text, quote_free_text, run
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.options.compose import choices, composed, option_names
-from localization_heads.options.kinds import extra, reads
+from localization_heads.options.compose import compose_options, default_choices, option_names
+from localization_heads.options.declaration import option_metadata, read_as
 from localization_heads.options.programs import FinderOptions
 from localization_heads.store.paths import local_path
 
@@ -35,14 +35,14 @@ SCRIPTS = {
 
 def finder_options(*overrides: str) -> FinderOptions:
     """The composed options of a command line."""
-    found = composed("finder", *map(quote_free_text, overrides))
+    found = compose_options("finder", *map(quote_free_text, overrides))
     assert isinstance(found, FinderOptions)
     return found
 
 
 def kinds(*wanted: str) -> list[str]:
     """Options of the finder that the command line reads in one of these ways."""
-    return [name for name, field in option_names("finder").items() if reads(field) in wanted]
+    return [name for name, field in option_names("finder").items() if read_as(field) in wanted]
 
 
 def arrived(argument: str) -> Any:
@@ -72,7 +72,7 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
     text, err = capsys.readouterr()
     assert not err
     assert text.startswith(f"usage: python {SCRIPTS[name]} [-q | -v] [--version] [NAME=VALUE ...]")
-    for option in [*option_names(name), *choices(name)]:
+    for option in [*option_names(name), *default_choices(name)]:
         assert f"\n{option}: " in text, option
     assert "hydra" not in text
     assert "_self_" not in text
@@ -217,7 +217,7 @@ def test_a_path_may_begin_at_home(name: str, monkeypatch: pytest.MonkeyPatch) ->
     field = option_names("finder")[name]
     group = ["segmenter=sam"] if name == "segmenter.name" else []
     own = FinderOptions.__pydantic_fields__[name.partition(".")[0]]  # the option itself, or its group
-    group += [f"stage={stage}" for stage in extra(own).get("stages", [])[:1]]
+    group += [f"stage={stage}" for stage in option_metadata(own).get("stages", [])[:1]]
     typed = {"~/a b/c.json": "/home/ann/a b/c.json", "x/~/y": "x/~/y", "https://a.example/~ann/x": None}
     for written, expected in typed.items():
         options: Any = finder_options(*group, f"{name}={written}")
@@ -225,7 +225,7 @@ def test_a_path_may_begin_at_home(name: str, monkeypatch: pytest.MonkeyPatch) ->
             options = getattr(options, key)
         found = options[0] if isinstance(options, tuple) else options
         assert found == (expected or written)
-    if reads(field) == "paths":
+    if read_as(field) == "paths":
         assert getattr(finder_options(*group, f"{name}=[~/a,b]"), name) == ("/home/ann/a", "b")
 
 

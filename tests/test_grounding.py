@@ -18,7 +18,7 @@ from localization_heads.grounding.ground import ground_maps
 from localization_heads.grounding.maps import combine, gaussian_kernel, smooth
 from localization_heads.grounding.shapes import convex_hull, fill_polygon, hull_area, largest_hull
 from localization_heads.heads.head import Head
-from localization_heads.options.compose import preset
+from localization_heads.options.compose import load_preset
 from localization_heads.options.groups import GroundingOptions
 
 SHARP = GroundingOptions(sigma=0.0)
@@ -226,7 +226,7 @@ class TestBox:
             found = ground_maps(
                 maps,
                 [Head(0, head) for head in range(5)],
-                GroundingOptions.of(preset("grounding", "published")),
+                GroundingOptions.of(load_preset("grounding", "published")),
             )
             assert found.box == pytest.approx(tuple(expected * scales))
 

@@ -22,7 +22,7 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.located import Located, to_coco
 from localization_heads.lvlm.model import LVLM
-from localization_heads.options.compose import newcomers_grounding
+from localization_heads.options.compose import default_grounding
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.segmentation.grabcut import GrabCut
 
@@ -93,7 +93,7 @@ def test_one_way_or_the_other(lvlm: LVLM, image: Image.Image) -> None:
         assert ground(lvlm, same, "the dog").box == expected
     for heads in ([lh.Head(2, 0), lh.Head(3, 1)], ["2-0", "3-1"], np.array([[2, 0], [3, 1]])):
         assert ground(lvlm, image, "the dog", heads=heads).box == expected
-    sharp = newcomers_grounding()
+    sharp = default_grounding()
     for options in (sharp, "sharp", {"means": sharp.means}):
         assert ground(lvlm, image, "the dog", options=options).box == expected
     assert ground(lvlm, image, "the dog", heads="greedy", k=2).heads
@@ -142,7 +142,7 @@ def test_presets_by_name() -> None:
     with pytest.raises(ArgumentError, match="segmenter='knife': choose one of author_hint, grabcut"):
         masks("knife")
     assert read_out("paper") == lh.GroundingOptions()
-    assert read_out(None) == read_out("sharp") == newcomers_grounding()
+    assert read_out(None) == read_out("sharp") == default_grounding()
     assert read_out({"means": 3}).means == 3
 
 

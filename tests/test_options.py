@@ -18,7 +18,7 @@ from localization_heads.errors import UsageError
 from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
 from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.options import experiments, groups, programs
-from localization_heads.options.compose import PROGRAMS, choices_of, composed, help_text, option_names
+from localization_heads.options.compose import PROGRAMS, choices_of, compose_options, help_text, option_names
 from localization_heads.options.experiments import EXPERIMENTS
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.programs import FinderOptions, VisualizeOptions
@@ -37,7 +37,7 @@ def test_the_shipped_choices() -> None:
 def test_the_presets_are_the_readings_that_they_name() -> None:
     """Each as the table of docs/reproducing-the-paper.md has it; `paper` is what the code does without options."""
     criteria, grounding = (
-        {choice: getattr(composed("finder", f"{group}={choice}"), group) for choice in GROUPS[group]}
+        {choice: getattr(compose_options("finder", f"{group}={choice}"), group) for choice in GROUPS[group]}
         for group in ("criteria", "grounding")
     )
     assert criteria["paper"] == CriteriaOptions()
@@ -53,16 +53,18 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     of_all_cells = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
     assert grounding["published"] == of_all_cells
     assert set(grounding) == {"paper", "published", "sharp"}  # no other box was ever published
-    assert composed("finder").grounding == grounding["sharp"]  # what newcomers get
+    assert compose_options("finder").grounding == grounding["sharp"]  # what newcomers get
     for words in (
         ["criteria=published"],
         ["criteria=published_august"],
         ["stage=experiment", "experiment=tab1"],
         ["stage=experiment"],
     ):
-        assert composed("finder", *words).grounding == grounding["paper"]
-    assert composed("finder", "criteria=published", "grounding=sharp").grounding == grounding["sharp"]
-    dropping = {rung: composed("finder", f"rung={rung}").drop_lone_spaces for rung in choices_of("rung")}
+        assert compose_options("finder", *words).grounding == grounding["paper"]
+    assert compose_options("finder", "criteria=published", "grounding=sharp").grounding == grounding["sharp"]
+    dropping = {
+        rung: compose_options("finder", f"rung={rung}").drop_lone_spaces for rung in choices_of("rung")
+    }
     assert {rung for rung, drops in dropping.items() if drops} == {"published", "padding", "hull"}
 
 
@@ -70,18 +72,18 @@ def test_a_label_can_name_what_is_swept() -> None:
     """As docs/readouts.md has it: each evaluation of a sweep gets a folder of its own."""
     label = "model.label='${grounding.binarise}'"
     assert quote_free_text(label) == label
-    assert composed("finder", "grounding.binarise=otsu", label).model.label == "otsu"
+    assert compose_options("finder", "grounding.binarise=otsu", label).model.label == "otsu"
 
 
 @pytest.mark.parametrize("choice", choices_of("experiment"))
 def test_every_experiment_composes(choice: str) -> None:
-    names = composed("finder", "stage=experiment", f"experiment={choice}").experiment.names
+    names = compose_options("finder", "stage=experiment", f"experiment={choice}").experiment.names
     assert names == {"all": tuple(EXPERIMENTS), "none": ()}.get(choice, (choice,))
 
 
 @pytest.mark.parametrize("choice", choices_of("rung"))
 def test_every_rung_composes(choice: str) -> None:
-    assert composed("finder", f"rung={choice}").rung.name == choice
+    assert compose_options("finder", f"rung={choice}").rung.name == choice
 
 
 def test_the_tables_are_those_of_the_catalogue() -> None:
@@ -94,7 +96,7 @@ def test_the_tables_are_those_of_the_catalogue() -> None:
 def test_the_rungs_of_the_ladder_are_in_order() -> None:
     """What the multirun climbs is every rung there is, by its number."""
     climbed = experiments.TABLES["experiment"]["ladder"]["hydra"]["sweeper"]["params"]["rung"].split(",")
-    assert [composed("finder", f"rung={rung}").rung.step for rung in climbed] == list(range(1, 8))
+    assert [compose_options("finder", f"rung={rung}").rung.step for rung in climbed] == list(range(1, 8))
     assert set(climbed) == set(choices_of("rung")) - {"none"}
 
 
@@ -106,13 +108,13 @@ RECIPES += [("tiny", "paper", "paper", "examples", segmenter) for segmenter in G
 @pytest.mark.parametrize("choices", [*MODELS, *RECIPES], ids=" ".join)
 def test_every_choice_composes(choices: tuple[str, ...]) -> None:
     overrides = [f"{group}={choice}" for group, choice in zip(GROUPS, choices, strict=True)]
-    assert Run(composed("finder", *overrides), model_choice=choices[0]).spec.name
+    assert Run(compose_options("finder", *overrides), model_choice=choices[0]).spec.name
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_option_is_explained_where_it_is_declared(program: str) -> None:
     """And composes to its default."""
-    assert composed(program)
+    assert compose_options(program)
     shown = help_text(program)
     for name, field in option_names(program).items():
         assert (field.description and field.description[0].isupper()) or field.description.split()[
@@ -129,8 +131,8 @@ def test_what_a_kind_does_not_read_is_said() -> None:
         ["segmenter=sam", "segmenter.iterations=3"],
     ):
         with pytest.raises(UsageError, match=r"^(segmenter|engine)\.\w+=\d: only .* reads it, and not"):
-            composed("finder", *overrides)
-    assert composed("finder", "segmenter=sam", "segmenter.num_points=5").segmenter.num_points == 5
+            compose_options("finder", *overrides)
+    assert compose_options("finder", "segmenter=sam", "segmenter.num_points=5").segmenter.num_points == 5
 
 
 def test_from_python_a_wrong_value_is_one_line() -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from localization_heads.options.compose import choices, option_names
+from localization_heads.options.compose import default_choices, option_names
 from localization_heads.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -79,5 +79,5 @@ def test_the_script_that_reproduces_the_paper() -> None:
         if "locheads" in line or line.startswith("prepare=")
         for name in re.findall(r"\b([a-z_.]+)=", line.replace("prepare=(", ""))
     }
-    assert named <= {*option_names("finder"), *choices("finder")}
+    assert named <= {*option_names("finder"), *default_choices("finder")}
     assert {"data_file", "num_trials", "dataset_path"} <= named

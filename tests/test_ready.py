@@ -18,7 +18,7 @@ from localization_heads.heads import ready
 from localization_heads.heads.head import Head, find_duplicate
 from localization_heads.heads.ready import ReadyList, choose_ready, ready_list, ready_lists, shared_heads
 from localization_heads.lvlm.checkpoints.spec import KNOWN_SHAPES, known_specs
-from localization_heads.options.compose import composed
+from localization_heads.options.compose import compose_options
 from localization_heads.stages.run import ChatRun, Run
 
 PAPER = (Head(14, 24), Head(14, 13), Head(14, 26))
@@ -94,7 +94,9 @@ def test_a_list_is_taken_with_its_prompt_and_query_token_alone() -> None:
 
 def run_of(*words: str) -> Run:
     return Run(
-        composed("finder", *words), next((w[6:] for w in words if w.startswith("model=")), "tiny"), words
+        compose_options("finder", *words),
+        next((w[6:] for w in words if w.startswith("model=")), "tiny"),
+        words,
     )
 
 
@@ -129,7 +131,9 @@ def test_options_choose_lists() -> None:
 
 
 def test_a_conversation_asks_as_the_heads_were_found() -> None:
-    run = ChatRun(composed("chat", "model=llava", "conv_mode=chat", "query=it"), "llava", ("model=llava",))
+    run = ChatRun(
+        compose_options("chat", "model=llava", "conv_mode=chat", "query=it"), "llava", ("model=llava",)
+    )
     assert run.named_heads == PAPER
     assert (run.heads_found_with or {})["conv_mode"] == "referseg"
 

@@ -35,7 +35,7 @@ from localization_heads.grounding.shapes import fill_polygon
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import RankedHead
 from localization_heads.lvlm.model import LVLM
-from localization_heads.options.compose import newcomers_grounding
+from localization_heads.options.compose import default_grounding
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report import page as page_module
 from localization_heads.report.content import Card, Gallery, HeadFacts, Report, outline, thumbnail, tiny_map
@@ -499,7 +499,7 @@ def test_batch_ends_with_a_report_of_its_own_numbers(front: Front) -> None:
     positive = np.array([m.attention > m.attention.mean((2, 3), keepdims=True) for m in files])
     bottom = positive[:, :, :, -1].all(-1).mean(0)
     used = [Head(*head) for head in drawn["used"]]
-    read_out = newcomers_grounding()
+    read_out = default_grounding()
     assert used == [Head(4, 4), Head(5, 6)], "those that are known for the model"
     predictions = [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
     for row in drawn["rows"]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from localization_heads.cells import tight_box
 from localization_heads.data.masks import read_mask
-from localization_heads.options.surroundings import ScenesOptions
+from localization_heads.options.stage_groups import ScenesOptions
 from localization_heads.scenes import artwork, write
 from localization_heads.scenes.artwork import HELD_OUT_STYLE, NAMES, STYLES
 from localization_heads.scenes.expressions import RELATIONS, Phrase, Thing, absent, meant_by, plural

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.checkpoints.spec import CONVERTED, compose_spec, find_spec, known_specs
-from localization_heads.options.compose import plain
+from localization_heads.options.compose import to_plain
 from localization_heads.options.groups import ModelSpec
 from localization_heads.store.paths import model_folder
 
 
 def values(stem: str, **changes: Any) -> ModelSpec:
     """The group as Hydra composes it, with what the user has set."""
-    return ModelSpec.of({**plain(known_specs()[stem]), **changes}, "model.")
+    return ModelSpec.of({**to_plain(known_specs()[stem]), **changes}, "model.")
 
 
 def test_the_shipped_models() -> None:

@@ -20,7 +20,7 @@ from tiny_models import save_overflowing
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.options.programs import FinderOptions
-from localization_heads.options.surroundings import EngineOptions
+from localization_heads.options.stage_groups import EngineOptions
 from localization_heads.stages import flow, workers
 from localization_heads.stages.chunks import Chunk, Task
 from localization_heads.stages.run import Run

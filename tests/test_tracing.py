@@ -34,7 +34,7 @@ from localization_heads.lvlm.checks.doctor import eager_attention
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
-from localization_heads.options.surroundings import TraceOptions
+from localization_heads.options.stage_groups import TraceOptions
 
 SAME = {"rtol": 0, "atol": 1e-5}
 FAMILIES = ["llava_next", "qwen2_5_vl", "internvl", "gemma3", "mllama", "paligemma", "florence2", "janus"]

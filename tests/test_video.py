@@ -21,7 +21,7 @@ from localization_heads.data.address import ImageError
 from localization_heads.data.video import Frame, frames, open_video, write_video
 from localization_heads.grounding.boxes import smooth_boxes
 from localization_heads.heads.head import Head
-from localization_heads.options.surroundings import ScenesOptions
+from localization_heads.options.stage_groups import ScenesOptions
 from localization_heads.scenes.scene import TEST_SEEDS, moving_scene, render_scene
 from localization_heads.scenes.write import write_scenes
 from localization_heads.stages import video as stage

@@ -13,7 +13,7 @@ from localization_heads.apps import heads, scores, tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.heads.record import HeadRanking
-from localization_heads.options.compose import preset_name
+from localization_heads.options.compose import describe_preset
 from localization_heads.scenes import write
 from localization_heads.stages import (
     ablate,
@@ -160,7 +160,7 @@ def _show_analysed(run: Run, analysed: single.AnalyzeResult) -> int:
 
 
 def _show_visualised(run: Run, visualised: single.VisualizeResult) -> int:
-    read_out = preset_name("grounding", run.options.grounding)
+    read_out = describe_preset("grounding", run.options.grounding)
     tables.show(f"box: {tables.grounding_text(visualised.grounding, read_out)}", highlight=False)
     return _wrote(visualised.paths)
 
@@ -185,7 +185,7 @@ def _show_result(run: Run, result: Result) -> int:
             tables.show(scores.confidence_table(trust))
     elif result.outcomes:
         tables.show(
-            tables.predictions_table(result.outcomes, preset_name("grounding", run.options.grounding))
+            tables.predictions_table(result.outcomes, describe_preset("grounding", run.options.grounding))
         )
     if result.outcomes and (line := heads.whose(run)):
         tables.show(line, markup=False, highlight=False)

@@ -144,10 +144,10 @@ def quote_free_text(argument: str, sweeps: bool = False, config_name: str = "fin
     ("query='the dog, on the left'", "exclude=['a b.jsonl','c=d.jsonl']")
     """
     from localization_heads.options.compose import option_names
-    from localization_heads.options.kinds import reads
+    from localization_heads.options.declaration import read_as
 
     name, equals, value = argument.partition("=")
-    kind = reads(field) if (field := option_names(config_name).get(name)) else "value"
+    kind = read_as(field) if (field := option_names(config_name).get(name)) else "value"
     if not equals or kind == "value" or value in ("", "null"):
         return argument
     if kind in ("texts", "paths"):
@@ -173,7 +173,7 @@ def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arg
         import hydra
         from hydra.core.hydra_config import HydraConfig
 
-        from localization_heads.options.compose import checked, implied, register
+        from localization_heads.options.compose import implied_overrides, register, validate
     except ModuleNotFoundError:
         raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
     register(config_name)
@@ -186,14 +186,14 @@ def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arg
     words = [quote_free_text(word, sweeps, config_name) for word in words]
     own_choices = not any(word.startswith(("-cd", "--config-d", "hydra.searchpath=")) for word in arguments)
     _check_grammar(words, config_name, sweeps, own_choices)
-    words += implied(config_name, words)
+    words += implied_overrides(config_name, words)
     statuses: list[int] = []
     problems: list[BaseException] = []
     here = _process()
 
     def job(cfg: Any) -> None:
         try:
-            options = checked(config_name, cfg)  # first: the overrides may hold what cannot be resolved
+            options = validate(config_name, cfg)  # first: the overrides may hold what cannot be resolved
             chosen = HydraConfig.get()
             model, overrides = chosen.runtime.choices.get("model", ""), tuple(chosen.overrides.task)
             status = main(Given(options, model, overrides))
@@ -250,11 +250,11 @@ def _flags_and_words(arguments: Sequence[str]) -> tuple[list[str], list[str], bo
 def _loose_word(words: Sequence[str], place: int, config_name: str) -> str:
     """The error for a word that the shell has cut off a text, or that lacks its value."""
     from localization_heads.options.compose import option_names
-    from localization_heads.options.kinds import did_you_mean, reads
+    from localization_heads.options.declaration import did_you_mean, read_as
 
     word, before = words[place], words[place - 1] if place else ""
     cut_off = option_names(config_name).get(before.partition("=")[0])
-    if cut_off is not None and reads(cut_off) != "value":
+    if cut_off is not None and read_as(cut_off) != "value":
         rest = [before, *words[place:]]
         stop = next((i for i, other in enumerate(rest) if i and "=" in other), len(rest))
         whole = shlex.quote(" ".join(rest[:stop]))
@@ -274,9 +274,9 @@ def _check_grammar(words: Sequence[str], config_name: str, sweeps: bool, own_cho
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    from localization_heads.options.compose import choices, choices_of
+    from localization_heads.options.compose import choices_of, default_choices
 
-    parser, groups = OverridesParser.create(), choices(config_name)
+    parser, groups = OverridesParser.create(), default_choices(config_name)
     for word in words:
         try:
             override = parser.parse_override(word)
@@ -297,24 +297,24 @@ def _check_grammar(words: Sequence[str], config_name: str, sweeps: bool, own_cho
 def _unreadable(argument: str, error: Exception, groups: Mapping[str, str], config_name: str) -> str:
     """The error for an argument that Hydra's grammar refuses: what the option takes, where that is the trouble."""
     from localization_heads.options.compose import option_names
-    from localization_heads.options.kinds import wants
+    from localization_heads.options.declaration import describe_requirement
 
     name, _, value = argument.partition("=")
     if name in groups:
         return _no_choice(name, value, config_name)
     if field := option_names(config_name).get(name):
-        return f"{argument[:200]}: {wants(field, value)}"
+        return f"{argument[:200]}: {describe_requirement(field, value)}"
     return f"{argument[:200]}: cannot be read as NAME=VALUE ({_one_line(error)})"
 
 
 def _no_choice(group: str, value: str, config_name: str) -> str:
     """The error for a choice that a group does not have."""
     from localization_heads.options.compose import choices_of, option_names
-    from localization_heads.options.kinds import did_you_mean, reads
+    from localization_heads.options.declaration import did_you_mean, read_as
 
     choices = choices_of(group)
     name = option_names(config_name).get(f"{group}.name")
-    takes_path = name is not None and reads(name) == "path"
+    takes_path = name is not None and read_as(name) == "path"
     hint = did_you_mean(value, choices)
     if "/" in value and takes_path:
         hint = f"write {group}.name= for a Hugging Face id or a folder, or "
@@ -371,7 +371,7 @@ def _option_error(error: Exception, config_name: str) -> str | None:
 
 def unknown_option(name: str, config_name: str) -> str:
     """The error for an option that does not exist, with the nearest one that does."""
-    from localization_heads.options.kinds import did_you_mean
+    from localization_heads.options.declaration import did_you_mean
 
     near = did_you_mean(name, [f"{option}=" for option in _names(config_name)])
     return f"{name[:200]}= is no option: {near}--help lists all"
@@ -379,9 +379,9 @@ def unknown_option(name: str, config_name: str) -> str:
 
 def _names(config_name: str) -> list[str]:
     """Every option and every group, as the command line knows them."""
-    from localization_heads.options.compose import choices, option_names
+    from localization_heads.options.compose import default_choices, option_names
 
-    return sorted({*option_names(config_name), *choices(config_name)})
+    return sorted({*option_names(config_name), *default_choices(config_name)})
 
 
 def _one_line(error: Exception) -> str:

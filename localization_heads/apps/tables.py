@@ -55,7 +55,7 @@ def predictions_table(outcomes: Sequence[Outcome], read_out: str) -> Table:
     """Box, score and confidence of every entry, and the IoU with the true box where there is one.
 
     Args:
-        read_out: the preset that made the boxes (`options.compose.preset_name`).
+        read_out: the preset that made the boxes (`options.compose.describe_preset`).
     """
     calibrated = any(outcome.prediction.calibrated for outcome in outcomes)
     sure = "confi-\ndence" if calibrated else "confi-\ndence*"

@@ -17,9 +17,9 @@ from localization_heads.head_choice import check_heads
 from localization_heads.heads.head import Head
 from localization_heads.locating import ground
 from localization_heads.lvlm.conversation import Conversation
-from localization_heads.options.compose import preset_name
+from localization_heads.options.compose import describe_preset
 from localization_heads.options.groups import ConvMode
-from localization_heads.options.surroundings import MOST_TOKENS
+from localization_heads.options.stage_groups import MOST_TOKENS
 from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
 from localization_heads.stages.trace import write_trace
@@ -140,7 +140,7 @@ class Session:
         )
         path = self._path(expression, "_grounding.png")
         figures.plot_grounding(image, found, path, expression=expression)
-        say(f"box {grounding_text(found, preset_name('grounding', self.run.options.grounding))}")
+        say(f"box {grounding_text(found, describe_preset('grounding', self.run.options.grounding))}")
         say(f"wrote {path}")
 
     def trace(self, question: str) -> None:

@@ -30,7 +30,7 @@ from localization_heads.datasets.base import BadRecord, Entry, Index, Record, So
 from localization_heads.datasets.leakage import prepared_images, prepared_sets
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
-from localization_heads.options.parts import REFCOCO, Protocol, Sentence
+from localization_heads.options.finder_mixins import REFCOCO, Protocol, Sentence
 from localization_heads.options.programs import FinderOptions
 from localization_heads.store.files import RunLock, atomic_write, write_bytes, write_json
 

@@ -21,7 +21,7 @@ from localization_heads.evaluation.metrics import NUM_RESAMPLES
 from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding, summarize
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
-from localization_heads.options.compose import preset_name
+from localization_heads.options.compose import describe_preset
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 NO_TRUTH = "has neither bbox nor mask: there is nothing to score against"
@@ -178,7 +178,7 @@ class Judge:
             "k": len(heads) if heads else k,
             "criteria": asdict(self.criteria),
             "grounding": asdict(self.grounding),
-            "read_out": preset_name("grounding", self.grounding),
+            "read_out": describe_preset("grounding", self.grounding),
             "controls": controls if self.controls else None,
             "bootstrap": f"{NUM_RESAMPLES} resamples of {self.bootstrap}s, 95 %",
             "random_seed": self.seed,

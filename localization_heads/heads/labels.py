@@ -22,7 +22,7 @@ from localization_heads.errors import ArgumentError
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import CHUNK_VALUES, SampleArray, random_draws
 from localization_heads.heads.record import HeadRanking
-from localization_heads.options.parts import HeadsBy, Shrink
+from localization_heads.options.finder_mixins import HeadsBy, Shrink
 
 LABEL_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Numbers of labels for which the quality of a ranking is measured."""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.options.compose import choices_of, preset
+from localization_heads.options.compose import choices_of, load_preset
+from localization_heads.options.declaration import did_you_mean
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.kinds import did_you_mean
 
 FoundWith = Mapping[str, str | None]
 """`found_with` of `heads.json`: values by the names in `KEYS`; other tools and older files may lack some."""
@@ -71,7 +71,7 @@ def preset_of(options: CriteriaOptions) -> str | None:
 
 @cache
 def _presets() -> dict[str, CriteriaOptions]:
-    return {name: CriteriaOptions.of(preset("criteria", name)) for name in choices_of("criteria")}
+    return {name: CriteriaOptions.of(load_preset("criteria", name)) for name in choices_of("criteria")}
 
 
 def describe_difference(found: FoundWith, asked: FoundWith) -> str | None:
@@ -159,7 +159,7 @@ def ready_lists() -> dict[str, ReadyList]:
 
 
 def _read(name: str) -> ReadyList:
-    values = dict(preset("lists", name))
+    values = dict(load_preset("lists", name))
     heads = tuple(Head.parse(head) for head in values.pop("heads"))
     return ReadyList(name=name, heads=heads, counts=tuple(values.pop("counts", ())), **values)
 

@@ -29,7 +29,7 @@ from localization_heads.lvlm.families.geometry import (
 )
 from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
 from localization_heads.lvlm.text.query_tokens import remove_token
-from localization_heads.options.parts import MOST_FRAMES
+from localization_heads.options.finder_mixins import MOST_FRAMES
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.attention_model import AttentionModel

@@ -39,9 +39,9 @@ from localization_heads.lvlm.families.table import family_of
 from localization_heads.lvlm.image_cache import ImageCache, pixel_digest
 from localization_heads.lvlm.sharing import ComputeMaps, EncodedImage, prepare_unshared
 from localization_heads.lvlm.tracing import trace_answer
-from localization_heads.options.compose import newcomers_grounding
+from localization_heads.options.compose import default_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
-from localization_heads.options.surroundings import TRACE_TOKENS, TraceOptions
+from localization_heads.options.stage_groups import TRACE_TOKENS, TraceOptions
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class LVLM(AttentionModel):
             chosen,
             max_new_tokens=max_new_tokens,
             options=trace or TraceOptions(),
-            grounding=options or newcomers_grounding(),
+            grounding=options or default_grounding(),
         )
 
     def pick_own_heads(

@@ -31,7 +31,7 @@ from localization_heads.lvlm.forward.capture import (
 )
 from localization_heads.lvlm.forward.failures import memory_errors, mismatch_errors
 from localization_heads.options.groups import GroundingOptions, ViewChoice
-from localization_heads.options.surroundings import MOST_TOKENS, TraceOptions
+from localization_heads.options.stage_groups import MOST_TOKENS, TraceOptions
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.attention_model import AttentionModel

@@ -1,6 +1,7 @@
-"""Every option once: name, type, default, range and the sentence that explains it.
+"""Every option, declared once: name, type, default, range and the sentence that explains it.
 
-`kinds` says how an option is declared and checked, `groups` holds the options of the method, `surroundings` those of
-what surrounds it, `experiments` those of the paper's experiments with their presets, `parts`, `shared` and `programs`
-those of each program. `compose` hands all of them to Hydra and prints `--help`. Nothing here imports torch or numpy.
+`declaration` defines how an option is declared and validated. `groups` holds the options of the method, `stage_groups`
+those of single stages, `experiments` those of the paper's experiments with their presets. `programs` puts the options of
+each command together from these, from `shared` and from `finder_mixins`. `compose` registers them with Hydra and makes
+`--help`. Nothing here imports torch or numpy.
 """

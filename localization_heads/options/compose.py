@@ -15,9 +15,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from localization_heads.heads.head import Head
+from localization_heads.options.declaration import Options, format_value, option_group, option_metadata
 from localization_heads.options.experiments import TABLES
-from localization_heads.options.groups import NEWCOMER, GroundingOptions
-from localization_heads.options.kinds import Options, extra, group_of, shown
+from localization_heads.options.groups import DEFAULT_GROUNDING, GroundingOptions
 from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions, VisualizeOptions
 
 PROGRAMS: dict[str, type[Options]] = {
@@ -31,10 +31,10 @@ BASE = "base"
 _WIDTH = 118
 
 
-def choices(program: str) -> dict[str, str]:
+def default_choices(program: str) -> dict[str, str]:
     """The groups of a program, each with the choice that is made unless another is named."""
     fields = PROGRAMS[program].__pydantic_fields__
-    own = {name: choice for name, field in fields.items() if (choice := extra(field)["choice"])}
+    own = {name: choice for name, field in fields.items() if (choice := option_metadata(field)["choice"])}
     return {**own, **{name: choice for name, (choice, _) in PROGRAMS[program].EXTRA_GROUPS.items()}}
 
 
@@ -52,20 +52,20 @@ def option_names(program: str) -> dict[str, FieldInfo]:
 
 def _leaves(kind: type[Options], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in kind.__pydantic_fields__.items():
-        if (group := group_of(field)) is None:
+        if (group := option_group(field)) is None:
             yield prefix + name, field
         else:
             yield from _leaves(group, f"{prefix}{name}.")
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """A default as a value of YAML."""
     if isinstance(value, Options):
-        return {name: plain(getattr(value, name)) for name in type(value).__pydantic_fields__}
+        return {name: to_plain(getattr(value, name)) for name in type(value).__pydantic_fields__}
     if isinstance(value, Head):
         return f"{value.layer}-{value.head}"
     if isinstance(value, tuple):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return value
 
 
@@ -74,8 +74,8 @@ def register(program: str) -> None:
     from hydra.core.config_store import ConfigStore
 
     store, kind = ConfigStore.instance(), PROGRAMS[program]
-    groups = choices(program)
-    values = {name: plain(f.default) for name, f in kind.__pydantic_fields__.items() if name not in groups}
+    groups = default_choices(program)
+    values = {name: to_plain(f.default) for name, f in kind.__pydantic_fields__.items() if name not in groups}
     # These set options of the program itself, so they come after its defaults.
     overriding = {*kind.EXTRA_GROUPS, *TABLES}
     before = [{name: choice} for name, choice in groups.items() if name not in overriding]
@@ -85,8 +85,8 @@ def register(program: str) -> None:
         name=program, node={"defaults": [*before, "_self_", *after, *quiet], **values, "hydra": _HYDRA}
     )
     for name, field in kind.__pydantic_fields__.items():
-        if name in groups and (group := group_of(field)):
-            store.store(group=name, name=BASE, node=plain(group()))
+        if name in groups and (group := option_group(field)):
+            store.store(group=name, name=BASE, node=to_plain(group()))
     for group_name, table in TABLES.items():
         for choice, node in table.items():
             store.store(group=group_name, name=choice, **_row(group_name, node))
@@ -110,18 +110,20 @@ _HYDRA = {
 
 def help_text(program: str) -> str:
     """Every option with its default and the sentence that explains it, those of the chosen groups last."""
-    kind, groups = PROGRAMS[program], choices(program)
+    kind, groups = PROGRAMS[program], default_choices(program)
     lines: list[str] = []
     of_choices: dict[str, list[str]] = {}
     fields = kind.__pydantic_fields__.items()
     # The program's own options come before those that it shares with others.
     for name, field in sorted(fields, key=lambda item: item[0] not in kind.__annotations__):
-        if section := extra(field)["section"]:
+        if section := option_metadata(field)["section"]:
             lines += ["", _rule(section)]
-        group = group_of(field)
+        group = option_group(field)
         if name in groups and group:
             lines += _explained(name, groups[name], field.description)
-            of_choices[name] = _section(f"{name}={groups[name]}", name, group, preset(name, groups[name]))
+            of_choices[name] = _section(
+                f"{name}={groups[name]}", name, group, load_preset(name, groups[name])
+            )
         elif group:
             lines += _section(str(field.description).rstrip("."), name, group, {})
         else:
@@ -147,17 +149,17 @@ def _rule(title: str) -> str:
 
 def _explained(name: str, value: Any, sentence: str | None) -> list[str]:
     comment = textwrap.wrap(sentence or "", _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
-    return [*(f"# {line}" for line in comment), f"{name}: {written(value)}"]
+    return [*(f"# {line}" for line in comment), f"{name}: {format_yaml(value)}"]
 
 
-def written(value: Any) -> str:
+def format_yaml(value: Any) -> str:
     """A value as YAML and the command line have it."""
-    value = plain(value)
-    return f"[{', '.join(map(written, value))}]" if isinstance(value, list) else shown(value)
+    value = to_plain(value)
+    return f"[{', '.join(map(format_yaml, value))}]" if isinstance(value, list) else format_value(value)
 
 
 @cache
-def preset(group: str, choice: str) -> Mapping[str, Any]:
+def load_preset(group: str, choice: str) -> Mapping[str, Any]:
     """The values that a choice changes in its group, read without Hydra."""
     if choice in TABLES.get(group, ()):
         return TABLES[group][choice]
@@ -167,30 +169,32 @@ def preset(group: str, choice: str) -> Mapping[str, Any]:
     return {str(name): value for name, value in yaml.safe_load(text).items() if name != "defaults"}
 
 
-def flat(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every option with its value, as the command line names and writes them."""
     for name in type(chosen).__pydantic_fields__:
         value = getattr(chosen, name)
         if isinstance(value, Options):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", written(value)
+            yield f"{prefix}{name}", format_yaml(value)
 
 
 @cache
-def newcomers_grounding() -> GroundingOptions:
-    """The read-out where none is asked for, of the preset `NEWCOMER`."""
-    return GroundingOptions(**preset("grounding", NEWCOMER))
+def default_grounding() -> GroundingOptions:
+    """The read-out where none is asked for, of the preset `DEFAULT_GROUNDING`."""
+    return GroundingOptions(**load_preset("grounding", DEFAULT_GROUNDING))
 
 
-def implied(program: str, words: Sequence[str]) -> list[str]:
+def implied_overrides(program: str, words: Sequence[str]) -> list[str]:
     """What the words of a command line imply: `grounding=paper` for what is the paper's, where none is named.
 
-    >>> implied("finder", ["criteria=published"]), implied("finder", ["criteria=published", "grounding=sharp"])
-    (['grounding=paper'], [])
+    >>> implied_overrides("finder", ["criteria=published"])
+    ['grounding=paper']
+    >>> implied_overrides("finder", ["criteria=published", "grounding=sharp"])
+    []
     """
     named = dict(word.lstrip("+").partition("=")[::2] for word in words)
-    if "grounding" in named or "grounding" not in choices(program):
+    if "grounding" in named or "grounding" not in default_choices(program):
         return []
     of_paper = named.get("criteria", "").startswith("published") or named.get("stage") == "experiment"
     # The ladder's rungs name their own.
@@ -198,25 +202,25 @@ def implied(program: str, words: Sequence[str]) -> list[str]:
     return ["grounding=paper"] if (of_paper and named.get("experiment") != "ladder") or experiment else []
 
 
-def preset_name(group: str, chosen: Options) -> str:
+def describe_preset(group: str, chosen: Options) -> str:
     """The preset that a group's options are, or the nearest one and what differs from it.
 
-    >>> preset_name("grounding", GroundingOptions(sigma=0.5))
+    >>> describe_preset("grounding", GroundingOptions(sigma=0.5))
     'paper with sigma=0.5'
     """
-    values = {name: plain(getattr(chosen, name)) for name in type(chosen).__pydantic_fields__}
-    base = plain(type(chosen)())
-    presets = {choice: {**base, **preset(group, choice)} for choice in choices_of(group)}
+    values = {name: to_plain(getattr(chosen, name)) for name in type(chosen).__pydantic_fields__}
+    base = to_plain(type(chosen)())
+    presets = {choice: {**base, **load_preset(group, choice)} for choice in choices_of(group)}
     other = {
         choice: {name: value for name, value in values.items() if there[name] != value}
         for choice, there in presets.items()
     }
     nearest = min(other, key=lambda choice: len(other[choice]))
-    changed = ", ".join(f"{name}={written(getattr(chosen, name))}" for name in other[nearest])
+    changed = ", ".join(f"{name}={format_yaml(getattr(chosen, name))}" for name in other[nearest])
     return f"{nearest} with {changed}" if changed else nearest
 
 
-def composed(program: str, *overrides: str) -> Any:
+def compose_options(program: str, *overrides: str) -> Any:
     """The options of a program as its command line with these overrides has them: an object of its class.
 
     Raises:
@@ -226,10 +230,10 @@ def composed(program: str, *overrides: str) -> Any:
 
     register(program)
     with initialize_config_module("localization_heads.config", version_base="1.3"):
-        return checked(program, compose(program, [*overrides, *implied(program, overrides)]))
+        return validate(program, compose(program, [*overrides, *implied_overrides(program, overrides)]))
 
 
-def checked(program: str, cfg: Any) -> Any:
+def validate(program: str, cfg: Any) -> Any:
     """The options that Hydra has composed as an object of the program's class. UsageError for a wrong value."""
     from omegaconf import OmegaConf
 

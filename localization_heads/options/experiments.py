@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from localization_heads.options.kinds import FolderName, Odd, Options, Several, Text, option, options
+from localization_heads.options.declaration import (
+    FolderName,
+    FromList,
+    OddInt,
+    Options,
+    Text,
+    option,
+    options,
+)
 
 Experiment = Literal[
     "fig3", "fig6a", "fig6b", "random", "tab1", "tab2", "tab3", "tab4", "tab5", "tab8", "fig13", "fig14", "causal",
@@ -25,26 +33,26 @@ Benchmark = Literal[
 class ExperimentOptions(Options):
     """The experiments of the paper (stage=experiment)."""
 
-    names: Annotated[tuple[Experiment, ...], Several] = option((), "Experiments to run, in order.")
+    names: Annotated[tuple[Experiment, ...], FromList] = option((), "Experiments to run, in order.")
     benchmark: Benchmark | None = option(
         None,
         "Split that the entries come from, so that results appear beside the paper's; null for other data.",
     )
-    ks: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = option(
+    ks: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], FromList, Field(min_length=1)] = option(
         (1, 2, 3, 4, 5), "Tab. 4: numbers of heads."
     )
-    sigmas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several, Field(min_length=1)] = option(
+    sigmas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], FromList, Field(min_length=1)] = option(
         (0.0, 0.5, 0.8, 1.0, 1.4, 1.8),
         "Tab. 8: standard deviations of the smoothing in cells, with the kernel of grounding.kernel_size.",
     )
-    kernels: Annotated[tuple[Odd, ...], Several, Field(min_length=1)] = option(
+    kernels: Annotated[tuple[OddInt, ...], FromList, Field(min_length=1)] = option(
         (1, 3, 5, 7, 9), "Tab. 8: kernel sizes, with the sigma of grounding.sigma."
     )
-    taus: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] | None = option(
+    taus: Annotated[tuple[Annotated[float, Field(ge=0)], ...], FromList] | None = option(
         None,
         "Fig. 13: thresholds of criterion 1; null uses 0, 1/4, 1/2, 3/4, 1, 5/4, 3/2 and 2 times the elbow.",
     )
-    top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = (
+    top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], FromList, Field(min_length=1)] = (
         option(tuple(range(1, 15)), "Fig. 14: numbers of heads selected per sample.")
     )
     min_frequency: float = option(0.01, "Fig. 6b: minimum selection frequency of a head.", ge=0, le=1)

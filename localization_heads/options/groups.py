@@ -10,17 +10,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from localization_heads.heads.head import Head
-from localization_heads.options.kinds import (
+from localization_heads.options.declaration import (
     FolderName,
-    Odd,
+    Fraction,
+    FromList,
+    OddInt,
     OptionError,
     Options,
     PathText,
-    Reads,
+    ReadAs,
+    Requirement,
     Sentence,
-    Several,
-    Share,
-    Wants,
     Word,
     option,
     options,
@@ -44,9 +44,9 @@ class SensitivityOptions(Options):
     )
     siblings: Annotated[
         tuple[Word, ...],
-        Several,
+        FromList,
         Field(min_length=1, max_length=8),
-        Wants("write one to eight words such as [animal,thing,vehicle]"),
+        Requirement("write one to eight words such as [animal,thing,vehicle]"),
     ] = option(
         KIND_WORDS,
         "For criteria.sensitivity: words that serve as further expressions of an image. Each sample is compared "
@@ -96,7 +96,7 @@ SAMS = ("sam", "sam2", "sam3")
 SegmenterPrompt = Literal["box", "points", "map"]
 Points = Literal["positive", "signed"]
 Instances = Literal["one", "all"]
-Device = Annotated[str | int, Wants("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
+Device = Annotated[str | int, Requirement("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
 """Checked against the machine by `lvlm.checkpoints.loading.pick_device`."""
 
 
@@ -177,7 +177,7 @@ class CriteriaOptions(SensitivityOptions):
         return self
 
 
-NEWCOMER = "sharp"
+DEFAULT_GROUNDING = "sharp"
 """The preset of `grounding=` that anybody gets who asks for a box without naming one, on the command line, in the demo
 and in Python. Of the presets that cost one prefill it measured best on every set (docs/readouts.md). What is to be
 compared with the paper (`experiment=`, `criteria=published*`) takes `paper` (`options.compose.implied`)."""
@@ -187,7 +187,7 @@ compared with the paper (`experiment=`, `criteria=published*`) takes `paper` (`o
 class GroundingOptions(Options):
     """How maps become a box (Sec. 5, App. B.2)."""
 
-    kernel_size: Odd = option(
+    kernel_size: OddInt = option(
         7, "Kernel size, in cells, of the Gaussian that smooths each map; 1 disables smoothing."
     )
     sigma: float = option(1.0, "Standard deviation of the Gaussian in cells; 0 disables smoothing.", ge=0)
@@ -213,7 +213,7 @@ class GroundingOptions(Options):
         "A cell is positive if it exceeds a multiple of the mean (mean, paper) or Otsu's threshold (otsu), or if "
         "it is among the fewest cells that together hold a share of the attention (top_mass).",
     )
-    top_mass: Share = option(0.7, "For binarise=top_mass: that share of the attention.")
+    top_mass: Fraction = option(0.7, "For binarise=top_mass: that share of the attention.")
     box_from: BoxFrom = option(
         "map",
         "Where the box comes from: the map (paper); the tight box of the segmenter's mask (mask); or refined: that "
@@ -249,7 +249,7 @@ class GroundingOptions(Options):
         "Clip each cell of the sum at this multiple of the seventh highest value in its 5 x 5 neighbourhood, so "
         "that an attention sink cannot capture the box; null does not clip (paper).",
     )
-    large: Share | None = option(
+    large: Fraction | None = option(
         None,
         "For binarise=mean: lower the threshold to this share of the attention-weighted mean if that is lower, so "
         "that a large object is not split; null never lowers it (paper).",
@@ -288,10 +288,10 @@ class SegmenterOptions(Options):
     kind: SegmenterKind = option(
         "grabcut", "none (the map's pseudo-mask), grabcut (offline, no weights), or a family of SAMs."
     )
-    name: Annotated[str, AfterValidator(expand_home), Reads("path")] = option(
+    name: Annotated[str, AfterValidator(expand_home), ReadAs("path")] = option(
         "", "Hugging Face id or local folder of a SAM checkpoint of that family.", kinds=SAMS
     )
-    prompt: Annotated[tuple[SegmenterPrompt, ...], Several, Field(min_length=1)] = option(
+    prompt: Annotated[tuple[SegmenterPrompt, ...], FromList, Field(min_length=1)] = option(
         ("box",),
         "Prompts of a SAM, one or more of box, points (from inside the map's component) and map (as a mask prompt).",
         kinds=SAMS,
@@ -353,9 +353,9 @@ class ModelSpec(Options):
         None, "System prompt of the referseg template; null uses the checkpoint's own, or else LLaVA's."
     )
     heads: Annotated[
-        tuple[Head, ...], BeforeValidator(_heads), Wants("write a list such as [14-24,14-13,14-26]")
+        tuple[Head, ...], BeforeValidator(_heads), Requirement("write a list such as [14-24,14-13,14-26]")
     ] = option((), "Published localization heads (LAYER-HEAD, counted from 0), best first, for heads=auto.")
-    lists: Annotated[tuple[Word, ...], Several] = option(
+    lists: Annotated[tuple[Word, ...], FromList] = option(
         (),
         "Ready-made head lists for this model, best first (docs/find-heads.md); heads=auto uses the first that "
         "fits.",

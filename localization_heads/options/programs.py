@@ -12,18 +12,17 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from localization_heads.errors import UsageError
-from localization_heads.options.experiments import ExperimentOptions, RungOptions
-from localization_heads.options.groups import NEWCOMER, ConvMode, CriteriaOptions, GroundingOptions
-from localization_heads.options.kinds import (
+from localization_heads.options.declaration import (
     ImageChoice,
     PathText,
     Text,
-    extra,
-    first_changed,
+    first_changed_option,
     option,
+    option_metadata,
     options,
 )
-from localization_heads.options.parts import (
+from localization_heads.options.experiments import ExperimentOptions, RungOptions
+from localization_heads.options.finder_mixins import (
     TOGETHER_STAGES,
     BenchmarkOptions,
     InstanceOptions,
@@ -32,8 +31,9 @@ from localization_heads.options.parts import (
     TogetherOptions,
     VideoOptions,
 )
+from localization_heads.options.groups import DEFAULT_GROUNDING, ConvMode, CriteriaOptions, GroundingOptions
 from localization_heads.options.shared import Count, EntryChoice, ImageAddresses, ModelUse
-from localization_heads.options.surroundings import (
+from localization_heads.options.stage_groups import (
     AblateOptions,
     DoctorOptions,
     EngineOptions,
@@ -129,7 +129,7 @@ class FinderOptions(
     visualize_limit: Count | None = option(
         32, "Maximum number of entries to draw in a batch; null draws all."
     )
-    top_k: int = option(3, "Number of heads shown in figures and printed lists.", ge=1, le=100)
+    top_k: int = option(3, "Number of heads format_value in figures and printed lists.", ge=1, le=100)
     show_plot: bool = option(False, "Also open the figures in a window (needs a display).")
     report: bool = option(
         True,
@@ -228,9 +228,13 @@ class FinderOptions(
     @model_validator(mode="after")
     def _together(self) -> Self:
         for name, field in type(self).__pydantic_fields__.items():
-            stages = extra(field).get("stages")
+            stages = option_metadata(field).get("stages")
             if stages and getattr(self, name) != field.default and self.stage not in stages:
-                named = name if extra(field)["choice"] else first_changed(name, getattr(self, name))
+                named = (
+                    name
+                    if option_metadata(field)["choice"]
+                    else first_changed_option(name, getattr(self, name))
+                )
                 raise UsageError(
                     f"{named}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}"
                 )
@@ -321,7 +325,9 @@ class VisualizeOptions(EntryChoice):
         choice="paper",
     )
     grounding: GroundingOptions = option(
-        GroundingOptions(), "Read-out from maps to a box: sharp, paper or published.", choice=NEWCOMER
+        GroundingOptions(),
+        "Read-out from maps to a box: sharp, paper or published.",
+        choice=DEFAULT_GROUNDING,
     )
 
     @model_validator(mode="after")

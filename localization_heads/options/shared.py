@@ -7,18 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from localization_heads.errors import UsageError
-from localization_heads.options.groups import (
-    NEWCOMER,
-    ConvMode,
-    CriteriaOptions,
-    Device,
-    GroundingOptions,
-    ModelSpec,
-    QueryToken,
-    SegmenterOptions,
-    ViewChoice,
-)
-from localization_heads.options.kinds import (
+from localization_heads.options.declaration import (
     FolderPath,
     HeadChoice,
     Options,
@@ -28,7 +17,18 @@ from localization_heads.options.kinds import (
     option,
     options,
 )
-from localization_heads.options.surroundings import check_span
+from localization_heads.options.groups import (
+    DEFAULT_GROUNDING,
+    ConvMode,
+    CriteriaOptions,
+    Device,
+    GroundingOptions,
+    ModelSpec,
+    QueryToken,
+    SegmenterOptions,
+    ViewChoice,
+)
+from localization_heads.options.stage_groups import check_answer_span
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -115,7 +115,7 @@ class ModelUse(Options):
         GroundingOptions(),
         "Read-out from maps to a box: sharp (the best measured with a single prefill), paper, or published (August "
         "2025: the box of all cells above the mean). Experiments and criteria=published* default to paper.",
-        choice=NEWCOMER,
+        choice=DEFAULT_GROUNDING,
     )
     segmenter: SegmenterOptions = option(
         SegmenterOptions(),
@@ -146,7 +146,7 @@ class ModelUse(Options):
     def _box_of_a_mask(self) -> Self:
         if self.grounding.box_from == "mask" and self.segmenter.kind == "none":
             raise UsageError("grounding.box_from=mask needs a segmenter, such as segmenter=grabcut")
-        check_span(self.query_token, self.answer_span)
+        check_answer_span(self.query_token, self.answer_span)
         return self
 
 

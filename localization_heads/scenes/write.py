@@ -21,7 +21,7 @@ from tqdm import tqdm
 from localization_heads.attention import Box
 from localization_heads.cells import tight_box
 from localization_heads.data.masks import encode_mask
-from localization_heads.options.surroundings import ScenesOptions
+from localization_heads.options.stage_groups import ScenesOptions
 from localization_heads.scenes.expressions import Expression, ManyTargets, absent, pick, plural
 from localization_heads.scenes.scene import (
     SMALL,

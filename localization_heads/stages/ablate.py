@@ -35,7 +35,7 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BoxFormat
 from localization_heads.lvlm.native_box import generate_box, native_box_format
-from localization_heads.options.kinds import as_read
+from localization_heads.options.declaration import active_values
 from localization_heads.scenes.expressions import Question, make_questions
 from localization_heads.scenes.write import write_scene_pairs, write_scenes
 from localization_heads.stages.chunks import AttendedSample
@@ -356,7 +356,7 @@ def _settings(run: Run, work: Ablation) -> dict[str, Any]:
     options, plan = run.options, work.plan
     return {
         "model": run.model_settings,
-        "options": [as_read(options.ablate), options.batch_size, asdict(options.grounding)],
+        "options": [active_values(options.ablate), options.batch_size, asdict(options.grounding)],
         "exclude_layers": options.criteria.exclude_layers,
         "conditions": {
             condition.name: [list(head) for head in condition.heads] for condition in work.conditions
@@ -376,5 +376,5 @@ def _choices(run: Run) -> dict[str, Any]:
         "data_file": str(options.data_file),
         "range": [options.start_index, options.end_index],
         "heads": str(options.heads),
-        **{f"ablate.{name}": value for name, value in as_read(options.ablate).items()},
+        **{f"ablate.{name}": value for name, value in active_values(options.ablate).items()},
     }

@@ -25,7 +25,7 @@ from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BoxFormat
 from localization_heads.lvlm.native_box import generate_box, native_box_format
-from localization_heads.options.kinds import as_read
+from localization_heads.options.declaration import active_values
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries, require_truth
 from localization_heads.stages.find import draw_trials, rank_entries
@@ -176,7 +176,7 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "range": [options.start_index, options.end_index],
         **scorer.judge.choices(run.named_heads, options.k),
         "heads_from": run.heads_from,
-        "segmenter": as_read(options.segmenter),
+        "segmenter": active_values(options.segmenter),
         "native": scorer.native and scorer.native.prompt,
         "instances": options.instances,
         **({"instances_by": options.instances_by} if options.instances == "all" else {}),

@@ -30,7 +30,7 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.options.kinds import as_read
+from localization_heads.options.declaration import active_values
 from localization_heads.report.content import Gallery
 from localization_heads.stages.chunks import AttendedSample, SecondPass, attend_samples
 from localization_heads.stages.entries import Entries, allows_several_images, load_entries
@@ -345,7 +345,7 @@ def grounding_settings(run: Run) -> dict[str, Any]:
         "model": run.model_settings,
         "heads": [list(head) for head in run.named_heads or ()],
         "options": [options.k, options.batch_size, asdict(options.criteria), asdict(options.grounding)],
-        "segmenter": as_read(options.segmenter),
+        "segmenter": active_values(options.segmenter),
         "boxes": [options.instances, options.instances_by, options.zoom],
         **({"signals": True} if options.signals else {}),
         **({"image_boxes": "each"} if options.image_boxes == "each" else {}),

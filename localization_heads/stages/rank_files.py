@@ -33,8 +33,8 @@ from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import PairwiseSensitivity, RunningMean, SensitivityStatistics
 from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec
 from localization_heads.lvlm.extra_prompts import measures_sensitivity, other_expressions
+from localization_heads.options.declaration import measured_values
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.kinds import as_measured
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.ranking import save_ranking_files
 from localization_heads.stages.run import Run
@@ -145,7 +145,7 @@ def rank_files(run: Run) -> Result:
     files = list_attention_files(str(run.options.attention_files))
     writable_folder(run.options.output_dir)
     source = str(local_path(str(run.options.attention_files)).absolute())
-    inputs = json.dumps([source, as_measured(run.options.criteria)], sort_keys=True)
+    inputs = json.dumps([source, measured_values(run.options.criteria)], sort_keys=True)
     folder = Path(run.options.output_dir) / f".rank-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     with RunLock(folder):
         try:

@@ -25,7 +25,7 @@ from localization_heads.evaluation.head_iou import box_ious, mean_ious
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking
-from localization_heads.options.compose import flat
+from localization_heads.options.compose import flatten
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.content import (
     LEAST_FREQUENCY,
@@ -153,7 +153,7 @@ class Reporter:
             model=run.lvlm.name,
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             facts=list(_facts(run)),
-            options=list(flat(run.options)),
+            options=list(flatten(run.options)),
             num_entries=len(lines),
             heads=self._head_facts(entries, outcomes, store, ious, own_ranking),
             no_heads=f"No ranking: {self._why_no_ranking}. stage=find or stage=batch writes one.",

@@ -33,8 +33,8 @@ from localization_heads.lvlm.extra_prompts import (
     measures_sensitivity,
 )
 from localization_heads.lvlm.vocabulary import singularize_unknown_words
+from localization_heads.options.finder_mixins import PLACES
 from localization_heads.options.groups import SAMS, ModelSpec, SegmenterOptions
-from localization_heads.options.parts import PLACES
 from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions
 from localization_heads.options.shared import ImageAddresses, ModelUse
 from localization_heads.segmentation.segmenter import Segmenter

@@ -18,8 +18,8 @@ from localization_heads.heads.ready import NATIVE_BOX, asked_conditions
 from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.extra_prompts import measures_sensitivity
+from localization_heads.options.declaration import measured_values
 from localization_heads.options.groups import SensitivityOptions
-from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
@@ -128,7 +128,7 @@ def _options(run: Run, *, with_sensitivity: bool) -> dict[str, Any]:
         "view": run.options.view,
         **({"model.fix_mistral_regex": True} if spec.fix_mistral_regex else {}),
         **_prompt_options(run.options),
-        **{f"criteria.{name}": value for name, value in as_measured(criteria).items()},
+        **{f"criteria.{name}": value for name, value in measured_values(criteria).items()},
         **({f"criteria.{name}": value for name, value in sensitivity.items()} if with_sensitivity else {}),
     }
 

@@ -22,7 +22,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, NothingDoneError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.options.surroundings import TRACE_TOKENS
+from localization_heads.options.stage_groups import TRACE_TOKENS
 from localization_heads.report.trace import render_trace
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries

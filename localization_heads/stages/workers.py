@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.options.programs import FinderOptions
-from localization_heads.options.surroundings import EngineOptions
+from localization_heads.options.stage_groups import EngineOptions
 from localization_heads.stages.chunks import Chunk, Task, attend_chunk, prepare_chunk
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run

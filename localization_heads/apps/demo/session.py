@@ -31,7 +31,7 @@ from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import greedy_heads
 from localization_heads.lvlm.checkpoints.sources import checkpoint_folder
-from localization_heads.options.compose import choices_of, preset, preset_name
+from localization_heads.options.compose import choices_of, describe_preset, load_preset
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.segmentation.segmenter import Segmenter
@@ -98,7 +98,7 @@ class Segmenters:
 
     def __init__(self, run: DemoRun) -> None:
         self.run = run
-        self.own = preset_name("segmenter", run.options.segmenter)
+        self.own = describe_preset("segmenter", run.options.segmenter)
         self.names = list(dict.fromkeys([self.own, *choices_of("segmenter")]))
         self._loaded: tuple[str, Segmenter | None] = self.own, run.segmenter
 
@@ -117,7 +117,7 @@ class Segmenters:
         return self._loaded[1]
 
     def _load(self, name: str) -> Segmenter | None:
-        chosen = SegmenterOptions(**preset("segmenter", name))
+        chosen = SegmenterOptions(**load_preset("segmenter", name))
         if chosen.name and checkpoint_folder(chosen.name) is None:
             raise UsageError(
                 f"segmenter={name}: {chosen.name} is not on this machine; start the page with it once, which fetches it"

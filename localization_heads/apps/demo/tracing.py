@@ -23,7 +23,7 @@ from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.options.surroundings import TRACE_TOKENS
+from localization_heads.options.stage_groups import TRACE_TOKENS
 from localization_heads.stages.run import DemoRun
 from localization_heads.stages.trace import write_trace
 

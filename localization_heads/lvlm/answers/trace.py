@@ -21,7 +21,7 @@ from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
-from localization_heads.options.surroundings import Step
+from localization_heads.options.stage_groups import Step
 
 _REPLACEMENT = "\ufffd"
 """What a tokenizer decodes an incomplete UTF-8 sequence to."""

@@ -44,9 +44,9 @@ from localization_heads.lvlm.families.table import check_family, family_defaults
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.text.chat_template import start_renderer_if_needed
 from localization_heads.lvlm.text.prompts import LLAVA_SYSTEM, template_renderer
+from localization_heads.options.declaration import OptionError
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
-from localization_heads.options.kinds import OptionError
-from localization_heads.options.surroundings import check_span
+from localization_heads.options.stage_groups import check_answer_span
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def load_model(
         if value is not None and value not in get_args(kind):
             raise UsageError(f"{option}={value}: choose one of {', '.join(get_args(kind))}")
     _check_prompt_options(answer_tokens, paraphrases)
-    check_span(query_token, answer_span)
+    check_answer_span(query_token, answer_span)
     dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     overrides: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     try:

@@ -13,9 +13,9 @@ from functools import cache
 from typing import Any
 
 from localization_heads.errors import UsageError
-from localization_heads.options.compose import choices_of, preset
+from localization_heads.options.compose import choices_of, load_preset
+from localization_heads.options.declaration import did_you_mean
 from localization_heads.options.groups import ModelSpec
-from localization_heads.options.kinds import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def find_known_shape(config: Any) -> str | None:
 @cache
 def known_specs() -> dict[str, ModelSpec]:
     """Return the spec in every file of `config/model/`, by the file's stem (`tiny`, `llava`, ...)."""
-    return {stem: ModelSpec.of(preset("model", stem), "model.") for stem in choices_of("model")}
+    return {stem: ModelSpec.of(load_preset("model", stem), "model.") for stem in choices_of("model")}
 
 
 def resolve_converted(name: str) -> str:

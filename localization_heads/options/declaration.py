@@ -75,31 +75,35 @@ def _check_kinds(chosen: Any) -> None:
     for name, field in type(chosen).__pydantic_fields__.items():
         value = getattr(chosen, name)
         if value != field.default and not _is_read(chosen, field):
-            kinds = " or ".join(extra(field)["kinds"])
-            raise OptionError(name, f"{shown(value)}: only {kinds} reads it, and not {chosen.kind}")
+            kinds = " or ".join(option_metadata(field)["kinds"])
+            raise OptionError(name, f"{format_value(value)}: only {kinds} reads it, and not {chosen.kind}")
 
 
 def _is_read(chosen: Any, field: FieldInfo) -> bool:
-    kinds = extra(field).get("kinds")
+    kinds = option_metadata(field).get("kinds")
     return not kinds or chosen.kind in kinds
 
 
-def as_read(chosen: Options) -> dict[str, Any]:
+def active_values(chosen: Options) -> dict[str, Any]:
     """The values of a group by name, without those that its kind does not read."""
     fields = type(chosen).__pydantic_fields__
     return {name: getattr(chosen, name) for name, field in fields.items() if _is_read(chosen, field)}
 
 
-def first_changed(name: str, value: Any) -> str:
+def first_changed_option(name: str, value: Any) -> str:
     """The name of an option; of a group, that of the first in it that has another value than its default."""
     fields = type(value).__pydantic_fields__ if isinstance(value, Options) else {}
     return next((f"{name}.{own}" for own, f in fields.items() if getattr(value, own) != f.default), name)
 
 
-def as_measured(chosen: Options) -> dict[str, Any]:
+def measured_values(chosen: Options) -> dict[str, Any]:
     """The values of a group, by name, that stored statistics depend on."""
     fields = type(chosen).__pydantic_fields__
-    return {name: getattr(chosen, name) for name, field in fields.items() if extra(field).get("measured")}
+    return {
+        name: getattr(chosen, name)
+        for name, field in fields.items()
+        if option_metadata(field).get("measured")
+    }
 
 
 def _one_line(kind: type[Options], error: ValidationError) -> Exception:
@@ -114,18 +118,18 @@ def _one_line(kind: type[Options], error: ValidationError) -> Exception:
     if len(first["loc"]) > 1 and isinstance(first["loc"][1], int):
         value = f"... {value} ..."  # an item of a list
     field = kind.__pydantic_fields__[name]
-    return OptionError(name, f"{shown(value)}: {wants(field, value)}")
+    return OptionError(name, f"{format_value(value)}: {describe_requirement(field, value)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Wants:
+class Requirement:
     """The requirement on a value, in words, where the type alone does not express it."""
 
     sentence: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Reads:
+class ReadAs:
     """How the command line reads an option whose value Hydra's grammar must not read.
 
     A `text` is taken as it was typed, a `path` as well, with `~` for the home folder; `texts` and `paths` are a list
@@ -189,41 +193,45 @@ def _head_choice(value: Any) -> Any:
 
 Word = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]
 """A text of a few words that Hydra's grammar can read, so that a sweep can go over it."""
-Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank), Reads("text")]
+Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank), ReadAs("text")]
 """Not blank; a number is taken as it is written."""
-Sentence = Annotated[str, Reads("text")]
+Sentence = Annotated[str, ReadAs("text")]
 """Also an empty one."""
-PathText = Annotated[Text, AfterValidator(expand_home), Reads("path")]
+PathText = Annotated[Text, AfterValidator(expand_home), ReadAs("path")]
 """A path, or an address or a name where the sentence says so; `~` stands for a home folder."""
-FolderPath = Annotated[PathText, Wants("give a folder")]
-FolderName = Annotated[Text, AfterValidator(check_id), Wants("give a plain folder name")]
+FolderPath = Annotated[PathText, Requirement("give a folder")]
+FolderName = Annotated[Text, AfterValidator(check_id), Requirement("give a plain folder name")]
 """One plain name: files are written into it."""
-Share = Annotated[float, Field(gt=0, le=1), Wants("give a number above 0 and at most 1")]
-Odd = Annotated[int, Field(ge=1, le=63), AfterValidator(_odd), Wants("give an odd number from 1 to 63")]
-Several = BeforeValidator(_as_tuple)
+Fraction = Annotated[float, Field(gt=0, le=1), Requirement("give a number above 0 and at most 1")]
+OddInt = Annotated[
+    int, Field(ge=1, le=63), AfterValidator(_odd), Requirement("give an odd number from 1 to 63")
+]
+FromList = BeforeValidator(_as_tuple)
 """Of a tuple: a list is one as well."""
 Item = TypeVar("Item")
-OneOrSeveral = Annotated[tuple[Item, ...], BeforeValidator(_one_or_several), Reads("paths")]
+OneOrMore = Annotated[tuple[Item, ...], BeforeValidator(_one_or_several), ReadAs("paths")]
 Paraphrases = Annotated[
     tuple[Annotated[Text, AfterValidator(_template)], ...],
     BeforeValidator(_one_or_several),
-    Reads("texts"),
+    ReadAs("texts"),
     Field(min_length=1, max_length=8),
-    Wants("write one to eight templates, each with one {}, such as [the {},a {}]"),
+    Requirement("write one to eight templates, each with one {}, such as [the {},a {}]"),
 ]
 """Templates that an expression is put into."""
 ImageChoice = Annotated[
     Any,
     AfterValidator(_image_choice),
-    Reads("paths"),
-    Wants("give an image, or a list of two or more, such as [a.jpg,b.jpg]"),
+    ReadAs("paths"),
+    Requirement("give an image, or a list of two or more, such as [a.jpg,b.jpg]"),
 ]
 """An image's path or address, or a tuple of several."""
 HeadChoice = Annotated[
     Any,
     AfterValidator(_head_choice),
-    Reads("paths"),
-    Wants("write auto, greedy, a heads.json, a hub repository user/repo, or a list such as [14-24,14-13]"),
+    ReadAs("paths"),
+    Requirement(
+        "write auto, greedy, a heads.json, a hub repository user/repo, or a list such as [14-24,14-13]"
+    ),
 ]
 """A name, or a tuple of heads' names; `head_choice.choose_heads` knows what they stand for."""
 
@@ -258,7 +266,7 @@ def option(
     return Field(default, description=sentence, json_schema_extra=said, **limits)
 
 
-def extra(field: FieldInfo) -> dict[str, Any]:
+def option_metadata(field: FieldInfo) -> dict[str, Any]:
     """The arguments of `option` besides the sentence and the limits."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
@@ -282,7 +290,7 @@ class Options:
         for name, value in values.items():
             if name not in known:
                 raise UsageError(f"{prefix}{name} is no option")
-            group = group_of(known[name])
+            group = option_group(known[name])
             if group and isinstance(value, Mapping):
                 value = group.of(value, f"{prefix}{name}.")
             given[name] = value
@@ -292,13 +300,13 @@ class Options:
             raise OptionError(f"{prefix}{error.name}", error.advice) from None
 
 
-def group_of(field: FieldInfo) -> type[Options] | None:
+def option_group(field: FieldInfo) -> type[Options] | None:
     """The class of a group of options; None for a single one."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Options) else None
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it is written on the command line, on one line and not too long for a message."""
     if isinstance(value, int) and abs(value) >= 10**100:
         return "a huge number"
@@ -316,14 +324,14 @@ def did_you_mean(written: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def reads(field: FieldInfo) -> str:
+def read_as(field: FieldInfo) -> str:
     """How the command line reads an option: `value`, or what its mark says."""
     parts = get_args(field.annotation) if _is_union(field.annotation) else ()
     marks = [*field.metadata, *(mark for part in parts for mark in _marks(part))]
-    return next((mark.kind for mark in reversed(marks) if isinstance(mark, Reads)), "value")
+    return next((mark.kind for mark in reversed(marks) if isinstance(mark, ReadAs)), "value")
 
 
-def wants(field: FieldInfo, value: Any = None) -> str:
+def describe_requirement(field: FieldInfo, value: Any = None) -> str:
     """The requirement on a value as advice: `give a whole number of at least 1, or null`."""
     kinds = [field.annotation, *get_args(field.annotation)]
     known = [str(word) for kind in kinds for word in _words(kind)]
@@ -348,7 +356,7 @@ def _marks(kind: Any) -> Iterator[Any]:
 
 def _wants(kind: Any, marks: Iterable[Any] = ()) -> str:
     marks = list(marks)
-    if said := next((mark.sentence for mark in marks if isinstance(mark, Wants)), ""):
+    if said := next((mark.sentence for mark in marks if isinstance(mark, Requirement)), ""):
         return said
     if get_origin(kind) is Annotated:
         return _wants(get_args(kind)[0], [*_marks(kind), *marks])

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from localization_heads.errors import UsageError
-from localization_heads.options.kinds import Options, PathText, Several, Text, option, options, shown
+from localization_heads.options.declaration import (
+    FromList,
+    Options,
+    PathText,
+    Text,
+    format_value,
+    option,
+    options,
+)
 
 RAY = ("ray",)
 ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
@@ -129,11 +137,11 @@ class TraceOptions(Options):
     )
 
 
-def check_span(query_token: str, answer_span: str | None) -> None:
+def check_answer_span(query_token: str, answer_span: str | None) -> None:
     """UsageError for a span without the query token that reads it, or the other way round."""
     if (query_token == "answer_span") != bool(answer_span and answer_span.strip()):
         raise UsageError(
-            f"query_token={query_token} answer_span={shown(answer_span)}: query_token=answer_span needs "
+            f"query_token={query_token} answer_span={format_value(answer_span)}: query_token=answer_span needs "
             "answer_span=, a text of the answer or box, and nothing else reads it"
         )
 
@@ -142,7 +150,7 @@ def check_span(query_token: str, answer_span: str | None) -> None:
 class AblateOptions(Options):
     """Heads switched off, or steered (stage=ablate)."""
 
-    counts: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Several, Field(min_length=1)] = (
+    counts: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], FromList, Field(min_length=1)] = (
         option((0, 1, 2, 3, 5, 10), "Numbers of heads, from the top of the list, to switch off at a time.")
     )
     draws: int = option(

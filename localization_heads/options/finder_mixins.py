@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from localization_heads.errors import UsageError
+from localization_heads.options.declaration import OneOrMore, Options, PathText, option, options
 from localization_heads.options.groups import Instances
-from localization_heads.options.kinds import OneOrSeveral, Options, PathText, option, options
 
 Dataset = Literal[
     "refcoco", "refcoco+", "refcocog", "reasonseg", "ref-l4", "grefcoco", "screenspot", "screenspot-v2",
@@ -58,7 +58,7 @@ class BenchmarkOptions(Options):
         "Which expressions of an object are written: all, the first or the longest.",
         stages=("prepare",),
     )
-    exclude: OneOrSeveral[PathText] = option(
+    exclude: OneOrMore[PathText] = option(
         (),
         "Files written by stage=prepare whose images are excluded: the evaluation sets, when preparing train.",
         stages=("prepare",),
