@@ -259,7 +259,7 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
         draw_image(tmp_path / f"{number}.png", number)
     good = {"id": "a", "prompt": "the dog", "image_path": ["0.png", "1.png"]}
     bad = [
-        ({**good, "id": "b", "bbox": [0, 0, 9, 9]}, "'bbox' is of one: leave it out"),
+        ({**good, "id": "b", "bbox": [0, 0, 9, 9]}, "'bbox' belongs to one: leave it out"),
         ({**good, "id": "c", "image_path": ["0.png"]}, "1 given, but it must be 2 to 32"),
         ({**good, "id": "d", "image_path": ["0.png", "gone.png"]}, "gone.png"),
         ({**good, "id": "e", "image_path": ["0.png", ["1.png"]]}, "'image_path' must be text"),

@@ -107,7 +107,7 @@ def find_scale_problem(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) 
 
     >>> boxes = np.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 1.0]])
     >>> find_scale_problem(boxes, np.array([[640, 480], [640, 480]]))
-    Suspicion(what='all 2 boxes lie within the first pixel: they look like 0 to 1', first=0, is_certain=True)
+    ScaleProblem(description='all 2 boxes lie within the first pixel: they look like 0 to 1', example=0, is_certain=True)
     """
     known = (sizes > 0).all(1)
     in_first_pixel = ((boxes >= -0.1) & (boxes <= 1.1)).all(1) & ~(known & (sizes <= TINY_IMAGE_SIDE).any(1))
