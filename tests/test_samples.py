@@ -431,7 +431,7 @@ def test_boxes_that_are_no_pixels_are_told(boxes, sizes, said, certain):
         assert found is None
     else:
         assert said in found.description
-        assert found.is_certain is certain
+        assert found.is_error is certain
 
 
 def test_an_error_about_boxes_names_one_and_a_note_only_says_it(caplog):

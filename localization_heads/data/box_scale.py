@@ -49,11 +49,11 @@ class TrueBox(NamedTuple):
 
 
 class ScaleProblem(NamedTuple):
-    """What is wrong with the boxes, the index of an example, and whether it is certain (error) or not (warning)."""
+    """What is wrong with the boxes, the index of an example, and whether it is an error or a warning."""
 
     description: str
     example: int
-    is_certain: bool
+    is_error: bool
 
 
 def check_box_scale(boxes: Sequence[TrueBox], source: str) -> None:
@@ -71,7 +71,7 @@ def check_box_scale(boxes: Sequence[TrueBox], source: str) -> None:
         f"{source}: {problem.description}, such as [{box}]{size} ({one.name}); "
         "boxes must be pixels, [x0, y0, x1, y1]"
     )
-    if problem.is_certain:
+    if problem.is_error:
         raise UsageError(message)
     log.warning("%s", message)
 
@@ -107,7 +107,7 @@ def find_scale_problem(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) 
 
     >>> boxes = np.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 1.0]])
     >>> find_scale_problem(boxes, np.array([[640, 480], [640, 480]]))
-    ScaleProblem(description='all 2 boxes lie within the first pixel: they look like 0 to 1', example=0, is_certain=True)
+    ScaleProblem(description='all 2 boxes lie within the first pixel: they look like 0 to 1', example=0, is_error=True)
     """
     known = (sizes > 0).all(1)
     in_first_pixel = ((boxes >= -0.1) & (boxes <= 1.1)).all(1) & ~(known & (sizes <= TINY_IMAGE_SIDE).any(1))
@@ -124,8 +124,8 @@ def find_scale_problem(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) 
             if within_1000
             else "of larger copies?"
         )
-        is_certain = within_1000 and beyond.sum() >= max(2, known.sum() / 2)
-        return ScaleProblem(f"{count}: {explanation}", int(beyond.argmax()), bool(is_certain))
+        is_error = within_1000 and beyond.sum() >= max(2, known.sum() / 2)
+        return ScaleProblem(f"{count}: {explanation}", int(beyond.argmax()), bool(is_error))
     large = (sizes >= LARGE_IMAGE_SIDE).all(1)
     if within_1000 and large.sum() >= MIN_LARGE_IMAGES and boxes[large].max() > 500:
         description = (

@@ -232,7 +232,7 @@ def _store_failures(entries: Entries, store: StatisticsStore) -> None:
     """Store the failures of this run for `rank`, which opens no image and could not find them itself."""
     reasons = {failure.line: failure.reason for failure in entries.failures}
     failed = (sample for sample in entries.samples if sample.line in reasons)
-    store.note_failures({entries.statistics_key(sample): reasons[sample.line] for sample in failed})
+    store.record_failures({entries.statistics_key(sample): reasons[sample.line] for sample in failed})
 
 
 def _require_statistics(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> None:

@@ -103,7 +103,7 @@ def find_by_labels(run: Run) -> LabelRanking:
         scores = _scores_header(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
         _collect_scores(run, entries, store, scores, form)
         failed = {failure.line: failure.reason for failure in entries.failures}
-        scores.note_failures(
+        scores.record_failures(
             {_score_key(entries, one): failed[one.line] for one in entries.samples if one.line in failed}
         )
         ranked = _rank(run, entries, store, scores)

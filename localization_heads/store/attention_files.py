@@ -1,10 +1,12 @@
-"""Attention files, `save_attention` and `load_attention`, and the analysis stored next to each.
+"""Read and write attention files (`load_attention`, `save_attention`), and the analysis stored next to each.
 
 There are two formats with the same content: `.pkl` (plain types and numpy arrays, for users' scripts) and
-`.safetensors`. The files of the published code are read and written too: of June 2025 a bare tensor `[L, H, 1, P*P]`,
-when read also one tensor per layer, with `<stem>_metadata.pkl` beside it; of August 2025 `{"attn": tensor, "meta":
-{...}}`, when read also gzipped, with `<stem>_meta.pkl` beside it. That code centres each image on a padded square but
-does not record it in its files, so their `image_box` is computed accordingly.
+`.safetensors`. The published code's formats are supported as well:
+
+- June 2025: a bare tensor `[L, H, 1, P*P]` (or, for reading, a tensor per layer), and `<stem>_metadata.pkl`;
+- August 2025: `{"attn": tensor, "meta": {...}}` (for reading, also gzipped), and `<stem>_meta.pkl`.
+
+The published code pads each image to a square, centred, without recording it; `image_box` is reconstructed from that.
 """
 
 from __future__ import annotations
@@ -30,46 +32,46 @@ from localization_heads.store.safe_pickle import MAX_FILE_BYTES, check_file, loa
 VERSION = 1
 MAX_SIDE = 1_000_000
 MAX_WEIGHT = 1.01
-"""Softmax weights are at most 1; half precision rounds."""
+"""Softmax weights are at most 1, plus rounding in half precision."""
 _GZIP_LIMIT = 4, 32 << 20
-"""Limit of what a gzipped file may unpack to: a multiple of its size plus some bytes. Softmax weights shrink by two."""
+"""A gzipped file may unpack to this multiple of its size plus this many bytes. Attention compresses about twofold."""
 MOST_ASKED = 20
-"""Entries of `asked`."""
+"""Maximum number of entries in `asked`."""
 _TEXTS = ("image_file", "query", "prompt", "model", "id")
 
 
 class _MalformedError(Exception):
-    """The content is not that of an attention file; the message says in what."""
+    """The content is not that of an attention file; the message says why."""
 
 
 def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -> None:
     """Write `maps` atomically, in the format of the suffix (`.pkl` or `.safetensors`).
 
     Args:
-        format: `published` or `published_august` make of a `.pkl` what the published code reads (`_save_published`).
+        format: `published` or `published_august` write a `.pkl` that the published code reads (`_save_published`).
     """
     path = Path(path)
     _check_maps(maps.attention)
     if format in _METADATA_SUFFIXES:
         return _save_published(maps, path, format)
     attention = np.ascontiguousarray(maps.attention, dtype=np.float32)
-    rest: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "grid": [int(n) for n in maps.grid],
         "image_size": [int(n) for n in maps.image_size],
         "image_box": [float(x) for x in maps.image_box],
         **{name: str(getattr(maps, name)) for name in _TEXTS},
     }
     if maps.asked:
-        rest["asked"] = {name: value for name, value in maps.asked.items() if value is not None}
+        fields["asked"] = {name: value for name, value in maps.asked.items() if value is not None}
     if path.suffix == ".pkl":
-        content = {"version": VERSION, "attention": attention, **rest}
+        content = {"version": VERSION, "attention": attention, **fields}
         write_bytes(path, pickle.dumps(content, protocol=4))
         _remove_other_metadata(path, None)
     elif path.suffix == ".safetensors":
         from safetensors.numpy import save
 
         metadata = {
-            name: value if isinstance(value, str) else json.dumps(value) for name, value in rest.items()
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()
         }
         write_bytes(path, save({"attention": attention}, {"version": str(VERSION), **metadata}))
     else:
@@ -77,30 +79,30 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
 
 
 _METADATA_SUFFIXES = {"published": "_metadata.pkl", "published_august": "_meta.pkl"}
-"""The published formats, and what stands at the end of the name of the metadata beside each."""
+"""The published formats, and the suffix of the metadata file beside each."""
 
 
 def _save_published(maps: AttentionMaps, path: Path, format: str) -> None:
-    """A pickle of a torch tensor `[L, H, 1, P*P]`, which has no place for another grid, or for another padding.
+    """Write a pickle of a torch tensor `[L, H, 1, P*P]` and its metadata.
 
-    Its readers take the grid for a square and the image for the middle of it; of metadata they take `image_file`,
-    `query`, `image_size` and `patch_size` (P). UsageError for maps that they would put into another place.
+    The published code assumes a square grid over the image padded to a square, and reads only `image_file`, `query`,
+    `image_size` and `patch_size` (P). UsageError for maps that it would therefore misplace.
     """
     import torch
 
     (rows, columns), square = maps.grid, _padded_square(*maps.image_size)
     if rows != columns:
         raise UsageError(
-            f"attention_format={format} holds square grids alone, and this one is {columns} x {rows}: write pkl"
+            f"attention_format={format} supports only square grids, and this one is {columns} x {rows}: write pkl"
         )
     if max(abs(a - b) for a, b in zip(maps.image_box, square, strict=True)) > 1:
-        said = " ".join(f"{edge:.0f}" for edge in maps.image_box)
+        covered = " ".join(f"{edge:.0f}" for edge in maps.image_box)
         raise UsageError(
-            f"attention_format={format} takes every image as padded to a square, and these maps cover {said} of "
+            f"attention_format={format} assumes images padded to a square, and these maps cover {covered} of "
             f"{maps.image_size[0]} x {maps.image_size[1]} pixels: write pkl"
         )
     tensor = torch.from_numpy(np.array(maps.attention, dtype=np.float32)).flatten(2).unsqueeze(2)
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         **{name: str(getattr(maps, name)) for name in _TEXTS},
         "image_size": maps.image_size,
         "model_name": maps.model,
@@ -109,22 +111,22 @@ def _save_published(maps: AttentionMaps, path: Path, format: str) -> None:
         "num_layers": maps.num_layers,
         "num_heads": maps.num_heads,
     }
-    content = tensor if format == "published" else {"attn": tensor, "meta": facts}
+    content = tensor if format == "published" else {"attn": tensor, "meta": metadata}
     write_bytes(path, pickle.dumps(content, protocol=4))
-    write_bytes(side_path(path, _METADATA_SUFFIXES[format]), pickle.dumps(facts, protocol=4))
+    write_bytes(side_path(path, _METADATA_SUFFIXES[format]), pickle.dumps(metadata, protocol=4))
     _remove_other_metadata(path, _METADATA_SUFFIXES[format])
 
 
 def _remove_other_metadata(path: Path, kept: str | None) -> None:
-    """Remove the metadata of other formats, last of all: until then `is_in_format` says that the file is not whole."""
+    """Delete the metadata of other formats. This comes last: until then `is_in_format` reports an incomplete file."""
     for other in set(_METADATA_SUFFIXES.values()) - {kept}:
         side_path(path, other).unlink(missing_ok=True)
 
 
 def is_in_format(path: Path, format: str) -> bool:
-    """Whether a `.pkl` has the metadata beside it that this format has, and no other."""
-    beside = [side for side in _METADATA_SUFFIXES.values() if side_path(path, side).is_file()]
-    return path.suffix != ".pkl" or beside == (
+    """Whether a `.pkl` has exactly the metadata file that this format requires."""
+    companions = [side for side in _METADATA_SUFFIXES.values() if side_path(path, side).is_file()]
+    return path.suffix != ".pkl" or companions == (
         [_METADATA_SUFFIXES[format]] if format in _METADATA_SUFFIXES else []
     )
 
@@ -215,7 +217,7 @@ def _parse_text(content: Mapping[Any, Any], name: str) -> str:
 
 
 def _parse_asked(content: Mapping[Any, Any]) -> dict[str, str | None] | None:
-    """None of files of earlier versions, which do not say."""
+    """The validated `asked`; None for files of earlier versions, which lack it."""
     values = content.get("asked") or {}
     short = isinstance(values, dict) and len(values) <= MOST_ASKED
     if not short or not all(isinstance(text, str) for item in values.items() for text in item):
@@ -224,12 +226,12 @@ def _parse_asked(content: Mapping[Any, Any]) -> dict[str, str | None] | None:
 
 
 def _parse_published(content: Any, path: Path) -> AttentionMaps:
-    """The published code's file: what it holds is all heads; the image is in it, or in the file beside it."""
+    """Parse the published code's formats; the metadata is in the file or beside it."""
     metadata = _published_metadata(content, path)
     tensor = content["attn"] if isinstance(content, dict) and "attn" in content else content
     attention = _square_maps(_stack_layers(tensor), metadata.get("patch_size"))
     _check_maps(attention)
-    # Without metadata the image is unknown, and the grid itself stands for it: a pixel a cell.
+    # Without metadata the image is unknown; the grid stands in for it, one pixel per cell.
     named_size = metadata.get("image_size") is not None
     size = (
         _parse_size(_parse_numbers(metadata, "image_size", 2))
@@ -249,20 +251,20 @@ def _parse_published(content: Any, path: Path) -> AttentionMaps:
 
 
 def _published_metadata(content: Any, path: Path) -> dict[Any, Any]:
-    """What the published code says of the image: in the file itself, or beside it; empty where it says nothing."""
+    """The published code's metadata, from the file itself or from the one beside it; empty if there is none."""
     if isinstance(content, dict) and content.get("meta"):
-        where, metadata = "'meta'", content["meta"]
+        origin, metadata = "'meta'", content["meta"]
     else:
-        beside = (side_path(path, suffix) for suffix in ("_metadata.pkl", "_meta.pkl"))
-        file = next((file for file in beside if file.is_file()), None)
-        where, metadata = (f"{file.name} beside it", load_pickle(file)) if file else ("", {})
+        companions = (side_path(path, suffix) for suffix in ("_metadata.pkl", "_meta.pkl"))
+        file = next((file for file in companions if file.is_file()), None)
+        origin, metadata = (f"{file.name} beside it", load_pickle(file)) if file else ("", {})
     if not isinstance(metadata, dict):
-        raise _MalformedError(f"{where} is not a dict of image_file, query and image_size")
+        raise _MalformedError(f"{origin} is not a dict of image_file, query and image_size")
     return metadata
 
 
 def _stack_layers(content: Any) -> np.ndarray:
-    """One float32 array, a copy, from an array, a list of layers or a dict of layers."""
+    """Copy an array, or a list or dict of arrays per layer, into one float32 array."""
     if isinstance(content, np.ndarray):
         return np.array(content, dtype=np.float32, order="C")
     if isinstance(content, dict) and content and all(type(key) is int for key in content):
@@ -276,16 +278,18 @@ def _stack_layers(content: Any) -> np.ndarray:
         raise _MalformedError("the layers differ in shape")
     if any(layer.dtype.kind != "f" for layer in layers):
         raise _MalformedError("attention must be floating point")
-    one_sample_each = all(layer.ndim == 4 and layer.shape[0] == 1 for layer in layers)  # [1, H, 1, P*P]
-    join = np.concatenate if one_sample_each else np.stack
-    return join(layers, dtype=np.float32, casting="same_kind")  # no copy in another type between
+    has_batch_axis = all(layer.ndim == 4 and layer.shape[0] == 1 for layer in layers)  # [1, H, 1, P*P]
+    join = np.concatenate if has_batch_axis else np.stack
+    return join(
+        layers, dtype=np.float32, casting="same_kind"
+    )  # without an intermediate copy in another dtype
 
 
 def _square_maps(attention: np.ndarray, patch_size: Any = None) -> np.ndarray:
-    """`[L, H, 1, P*P]` or `[L, H, P*P]` as `[L, H, P, P]`; maps that have two sides stay as they are.
+    """Reshape `[L, H, 1, P*P]` or `[L, H, P*P]` to `[L, H, P, P]`; maps that are already 2-D are kept.
 
     Args:
-        patch_size: P, where the file says it.
+        patch_size: P according to the metadata, if it says so.
     """
     if attention.ndim == 4 and attention.shape[2] > 1:
         _check_one_query(attention)
@@ -296,7 +300,7 @@ def _square_maps(attention: np.ndarray, patch_size: Any = None) -> np.ndarray:
         raise _MalformedError(f"attention must be [L, H, 1, P*P], not {list(attention.shape)}")
     side = math.isqrt(attention.shape[2])
     if side * side != attention.shape[2]:
-        raise _MalformedError(f"{attention.shape[2]} image tokens make no square grid [L, H, 1, P*P]")
+        raise _MalformedError(f"{attention.shape[2]} image tokens are not a square grid [L, H, 1, P*P]")
     if patch_size is not None and patch_size != side:
         raise _MalformedError(
             f"'patch_size' is {shown(patch_size)}, and {attention.shape[2]} image tokens are {side} x {side}"
@@ -305,9 +309,9 @@ def _square_maps(attention: np.ndarray, patch_size: Any = None) -> np.ndarray:
 
 
 def _check_one_query(attention: np.ndarray) -> None:
-    """One query's softmax sums to at most 1 over an image; that of every token of a prompt to their number."""
+    """Reject full attention matrices: one query's weights sum to at most 1 over the image, those of T queries to T."""
     if attention.dtype.kind != "f":
-        return  # `_check_maps` says so
+        return  # reported by `_check_maps`
     largest = float(attention.sum(axis=(2, 3), dtype=np.float64).max(initial=0))
     if largest > MAX_WEIGHT:
         raise _MalformedError(
@@ -317,14 +321,14 @@ def _check_one_query(attention: np.ndarray) -> None:
 
 
 def _padded_square(width: int, height: int) -> Box:
-    """The square around the image, which lies in its middle: the published code's `expand2square`."""
+    """The square that has the image at its centre, as in the published code's `expand2square`."""
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     return float(-left), float(-top), float(side - left), float(side - top)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The content of a `.safetensors` file in the form of the pickle."""
+    """The content of a `.safetensors` file as the dict that a `.pkl` holds."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path)
@@ -342,11 +346,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_gzip(path: Path) -> Any:
-    """The plain value in a gzipped pickle, of which no more is unpacked than an honest one holds."""
+    """The value in a gzipped pickle. Decompression stops at a limit, which protects against decompression bombs."""
     try:
         check_file(path)
-        times, more = _GZIP_LIMIT
-        limit = min(times * path.stat().st_size + more, MAX_FILE_BYTES)
+        factor, extra_bytes = _GZIP_LIMIT
+        limit = min(factor * path.stat().st_size + extra_bytes, MAX_FILE_BYTES)
         with gzip.open(path) as file:
             content = file.read(limit + 1)
         if len(content) > limit:
@@ -366,12 +370,12 @@ _READERS = {".safetensors": _read_safetensors, ".gz": _read_gzip}
 
 
 def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write the list of dicts, one per head, as a pickle of plain types, in the order given."""
+    """Pickle a list of dicts, one per head, as plain types, in the order given."""
     write_bytes(path, pickle.dumps(_to_plain(list(heads)), protocol=4))
 
 
 def _to_plain(value: Any) -> Any:
-    """`value` with numpy scalars made plain, so that a pickle of it needs no library to be read."""
+    """Convert numpy scalars to Python numbers, so that the pickle can be read without numpy."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -382,7 +386,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def load_analysis(path: str | Path) -> list[dict[str, Any]]:
-    """Read an analysis, ours or the published tool's. UsageError if it is not a list of dicts with layer and head."""
+    """Read an analysis, ours or the published code's. UsageError if it is not a list of dicts with layer and head."""
     heads: list[dict[str, Any]] = load_pickle(path)
     named = isinstance(heads, list) and all(
         isinstance(head, dict) and type(head.get("layer")) is int and type(head.get("head")) is int

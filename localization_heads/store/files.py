@@ -1,6 +1,6 @@
-"""Writing files whole or not at all, holding a folder for one run, and reading JSON that is not trusted.
+"""Atomic writes, the lock that gives one run a folder to itself, and parsing of untrusted JSON.
 
-Every file that this tool writes goes through `atomic_write`; files that grow are in `journal.py`.
+Every file that this tool writes goes through `atomic_write`, except the append-only ones in `journal.py`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def _this_host() -> str:
 
 
 def _temporary_path(path: Path) -> Path:
-    """A hidden name beside `path` that no other writer shares and that is short whatever the target's name."""
+    """A hidden name beside `path`, unique to this writer (host, process, thread) and short however long the name is."""
     target = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     return path.with_name(f".lh-{target}-{_this_host()}-{os.getpid()}-{threading.get_ident():x}.tmp")
 
 
 def _write_error(path: Path, error: OSError) -> UsageError | WorkError:
-    """A place that cannot be written is the user's to change; a full or failing disk is not an option's fault."""
+    """UsageError if another location would help (permissions, a folder in the way); WorkError for a failing disk."""
     reason = error.strerror or str(error)
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError):
         return UsageError(f"cannot write {path}: {reason}; choose another output_dir")
@@ -52,16 +52,16 @@ def _write_error(path: Path, error: OSError) -> UsageError | WorkError:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that becomes `path` when the block ends, and is removed if the block raises.
 
-    Missing folders are created. The content is on the disk (fsync) before it takes the name, so a reader, or a run
-    after a power cut, finds either the old file or the new one, never a part. Raises UsageError if the place cannot
-    be written to, WorkError if the disk fails.
+    Missing folders are created. The content is synced to disk (fsync) before it gets its name, so a reader, or a run
+    after a power failure, finds the old file or the new one, never a partial one. Raises UsageError if the location is
+    not writable, WorkError if the disk fails.
     """
     path = Path(path)
     temporary = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            temporary.unlink()  # left by a killed process that had our number
+            temporary.unlink()  # left by a killed process with our PID
         descriptor = os.open(
             temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
         )
@@ -85,8 +85,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Fill a new folder that replaces `path` when the block ends, and is removed if the block raises.
 
-    A reader finds the old content or the new, never a mixture; for a moment in between, none. Raises UsageError if
-    the place cannot be written to, WorkError if the disk fails.
+    A reader finds the old content or the new, never a mixture, and for a moment in between nothing. Raises UsageError
+    if the location is not writable, WorkError if the disk fails.
     """
     path = Path(path)
     new = _temporary_path(path)
@@ -108,14 +108,14 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):
             _delete(new)
         with suppress(OSError):
-            old.rename(path)  # fails where the new content is there already
+            old.rename(path)  # fails if the new content is already in place
         if isinstance(error, OSError):
             raise _write_error(path, error) from error
         raise
 
 
 def _delete(path: Path) -> None:
-    """A file, a link (never what it leads to) or a folder with all that is in it; nothing is fine too."""
+    """Delete a file, a link (not its target) or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -129,13 +129,13 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as indented JSON, keys in the order given, a newline at the end. NaN and infinity raise."""
+    """Write indented JSON with a final newline, keeping the order of keys. NaN and infinity raise ValueError."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
 
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a comma-separated table with `\\n` line ends, the same bytes for the same values on every system."""
+    """Write a CSV table with `\\n` line ends, so the bytes are the same on every platform."""
     import csv
 
     text = StringIO(newline="")
@@ -146,7 +146,7 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files and folders that killed processes of this machine left in `folder` (not below it)."""
+    """Delete temporary files and folders that killed processes of this machine left directly in `folder`."""
     for path in Path(folder).glob(".lh-*.tmp"):
         match = _TEMPORARY_NAME.fullmatch(path.name)
         if match and match["host"] == _this_host() and not _is_running(int(match["pid"])):
@@ -156,7 +156,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    if os.name == "nt":  # a signal of 0 ends the process there
+    if os.name == "nt":  # there, signal 0 would terminate the process
         return True
     try:
         os.kill(pid, 0)
@@ -183,11 +183,11 @@ LOCK_NAME = ".lh-run.lock"
 
 
 class RunLock:
-    """Holds a folder for this run: `with RunLock(folder): ...`.
+    """Exclusive use of an output folder by one run: `with RunLock(folder): ...`.
 
     A second run on the folder gets a UsageError at once instead of waiting. The operating system releases the lock
-    however the process ends, so a kill leaves nothing to clear. Taking it creates the folder if necessary, and removes
-    the temporary files of killed runs from it and from `attention/` and `statistics/` in it.
+    however the process ends, so a killed run leaves no stale lock. Acquiring it creates the folder if necessary, and
+    deletes the temporary files that killed runs left in it and in its `attention/` and `statistics/`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -218,7 +218,7 @@ LFS_POINTER_MESSAGE = "is a Git LFS pointer, not the file itself: fetch it with 
 
 
 def is_lfs_pointer(beginning: bytes) -> bool:
-    """Whether a file that begins like this is a pointer.
+    """Whether a file that starts with these bytes is a Git LFS pointer.
 
     >>> is_lfs_pointer(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a21"), is_lfs_pointer(b"GIF89a")
     (True, False)
@@ -227,11 +227,11 @@ def is_lfs_pointer(beginning: bytes) -> bool:
 
 
 _MIN_PARSED_BYTES = {b"[": 64, b"{": 64, b":": 32, b",": 8}
-"""Bytes that parsing makes of a character, at the least: `[],` is three of text and seventy in memory."""
+"""Minimum bytes of memory that parsing allocates per character: `[],` is three bytes of text and seventy in memory."""
 
 
 def read_json(path: Path, limit: int, encodings: Sequence[str] = ("utf-8",), **options: Any) -> Any:
-    """The value in a JSON file of at most `limit` bytes, in the first encoding that fits. UsageError, naming it."""
+    """Parse a JSON file of at most `limit` bytes, in the first encoding that fits. UsageError, naming the file."""
     try:
         if path.stat().st_size > limit:
             raise UsageError(f"{path}: larger than the limit of {limit >> 20} MB")
@@ -243,15 +243,15 @@ def read_json(path: Path, limit: int, encodings: Sequence[str] = ("utf-8",), **o
 
 
 def parse_json(content: bytes, encodings: Sequence[str] = ("utf-8",), **options: Any) -> Any:
-    """The value of a JSON text, in the first encoding that fits; `options` are those of `json.loads`.
+    """Parse JSON, in the first encoding that decodes it; `options` are passed to `json.loads`.
 
     Raises:
-        ValueError: in one short line, for invalid JSON, for NaN and numbers beyond a float's range, and for values
-            nested too deeply or needing far more memory than their text.
+        ValueError: with a one-line message, for invalid JSON, NaN, numbers beyond the range of a float, nesting that is
+            too deep, and values that need far more memory than their text.
     """
-    if sum(cost * content.count(char) for char, cost in _MIN_PARSED_BYTES.items()) > 8 * len(content) + (
-        64 << 20
-    ):
+    if sum(num_bytes * content.count(char) for char, num_bytes in _MIN_PARSED_BYTES.items()) > 8 * len(
+        content
+    ) + (64 << 20):
         raise ValueError("not usable JSON: far more lists and objects than text")
     try:
         text = _decode_text(content, encodings)
@@ -282,4 +282,4 @@ def _parse_finite_float(text: str) -> float:
 
 
 def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

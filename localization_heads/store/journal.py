@@ -1,17 +1,17 @@
-"""Appending to a file so that a kill, a full disk or a flipped bit costs one record and nothing else.
+"""Append-only files that lose at most one record to a killed process, a full disk or a flipped bit.
 
-The statistics store (records of one size) and the result log (one line per result) share this: every record is on the
-disk before `append` returns, and has a checksum; a record that does not match it is skipped.
+The statistics store (fixed-size records) and the result log (a line per result) are built on it: each record is synced
+to disk before `append` returns and carries a checksum; a record whose checksum does not match is skipped.
 
-One SQLite file for both was measured instead (100,000 samples of 1,024 heads, chunks of 16, each on the disk before
-the next; two cores, SSD, seconds) and is slower, both in its default journal mode and with a write-ahead log, which
-is not meant for network drives. It has no checksums of its own, so the measured table had a column for them.
+A single SQLite file is slower, both in its default journal mode and with a write-ahead log, which is unsafe on network
+drives. Seconds for 100,000 samples of 1,024 heads in chunks of 16, each synced before the next; two cores, SSD; with a
+column for checksums, which SQLite lacks:
 
                                         here | SQLite, default / write-ahead log
     append statistics                    4.9 | 10.4 / 6.8
     append results                       6.6 | 13.4 / 13.8
     read sums and entropies, shuffled    0.5 | 2.4 / 2.1
-    find the sound statistics            0.6 | 0.6 / 0.8
+    verify the checksums                 0.6 | 0.6 / 0.8
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ MAX_JSON_BYTES = 64 << 20  # bytes
 
 
 def append(path: Path, content: bytes, end: int) -> None:
-    """Write at the end of a file; the data are on the disk on return.
+    """Append to a file, synced to disk on return.
 
     Args:
-        end: size of the file before, to which it is cut back if the write fails.
+        end: the file's current size; it is truncated to this if the write fails.
 
     Raises:
         WorkError: the disk fails.
@@ -55,7 +55,7 @@ def append(path: Path, content: bytes, end: int) -> None:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a file, if it is there, to its first `size` bytes."""
+    """Truncate a file to `size` bytes, if it exists."""
     try:
         os.truncate(path, size)
     except FileNotFoundError:
@@ -65,7 +65,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def read_json_or_none(path: Path) -> Any:
-    """The value in a JSON file; None where there is none that `read_json` takes."""
+    """The content of a JSON file; None if it is missing or invalid."""
     try:
         return read_json(path, MAX_JSON_BYTES)
     except UsageError:
@@ -77,35 +77,35 @@ _CRC_DIGITS, _KEY_DIGITS = 8, 32
 
 
 class ResultLog:
-    """Append-only results by key (16 bytes), for one set of settings; a hidden file that `finish` removes.
+    """Results of an unfinished run by 16-byte key, so that it can resume; a hidden file that `finish` removes.
 
     Args:
-        settings: everything that the results depend on, as JSON values; other settings have another file.
+        settings: everything that the results depend on, as JSON values. Other settings use another file.
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode()).digest()
-        self._seed = zlib.crc32(digest)  # a line of other settings does not pass as one of these
+        self._seed = zlib.crc32(digest)  # lines written under other settings fail the check
         self.path = folder / f".{name}-{digest.hex()[:16]}.jsonl"
-        self._places: dict[bytes, tuple[int, int]] = {}  # where a line begins, and its length
-        self._end = 0
+        self._lines: dict[bytes, tuple[int, int]] = {}  # key -> start of its line, length
+        self._size = 0
         try:
             self._recover()
         except OSError as error:
             raise WorkError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def get(self, key: bytes) -> dict[str, Any] | None:
-        """The result of that key; None if it is missing or damaged."""
-        if key not in self._places:
+        """The result for `key`; None if it is missing or damaged."""
+        if key not in self._lines:
             return None
-        start, length = self._places[key]
+        start, length = self._lines[key]
         try:
             with self.path.open("rb") as file:
                 file.seek(start)
                 line = file.read(length)
         except OSError as error:
             raise WorkError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if self._key(line) != key:
+        if self._verified_key(line) != key:
             return None
         try:
             result = parse_json(line[_CRC_DIGITS + _KEY_DIGITS + 2 :])
@@ -114,23 +114,23 @@ class ResultLog:
         return result if isinstance(result, dict) else None
 
     def append(self, results: Sequence[tuple[bytes, dict[str, Any]]]) -> None:
-        """Add finished results; they are on the disk on return. The latest result of a key counts."""
-        lines = [self._line(key, result) for key, result in results]
-        append(self.path, b"".join(lines), self._end)
+        """Append finished results, synced to disk on return. The latest result for a key wins."""
+        lines = [self._encode_line(key, result) for key, result in results]
+        append(self.path, b"".join(lines), self._size)
         for (key, _), line in zip(results, lines, strict=True):
-            self._places[key] = self._end, len(line)
-            self._end += len(line)
+            self._lines[key] = self._size, len(line)
+            self._size += len(line)
 
     def finish(self) -> None:
-        """Remove the log: the run is complete and its files are written."""
+        """Delete the log: the run is complete and its output files are written."""
         self.path.unlink(missing_ok=True)
 
-    def _line(self, key: bytes, result: dict[str, Any]) -> bytes:
+    def _encode_line(self, key: bytes, result: dict[str, Any]) -> bytes:
         content = f"{key.hex()} {json.dumps(result, allow_nan=False)}".encode()
         return f"{zlib.crc32(content, self._seed):08x} ".encode() + content + b"\n"
 
-    def _key(self, line: bytes) -> bytes | None:
-        """The key of a whole and undamaged line, None of any other."""
+    def _verified_key(self, line: bytes) -> bytes | None:
+        """The key of a line that is complete and matches its checksum, else None."""
         crc, content = line[:_CRC_DIGITS], line[_CRC_DIGITS + 1 : -1]
         if not line.endswith(b"\n") or crc != f"{zlib.crc32(content, self._seed):08x}".encode():
             return None
@@ -140,21 +140,21 @@ class ResultLog:
             return None
 
     def _recover(self) -> None:
-        """Find the sound lines and cut off a torn tail. What is damaged is passed over, and its work done again."""
+        """Index the intact lines, skip damaged ones, and truncate a partial last line; the caller recomputes those."""
         if not self.path.is_file():
             return
         damaged = 0
         with self.path.open("rb") as file:
             while line := file.readline(MAX_JSON_BYTES):
-                if (key := self._key(line)) is not None:
-                    self._places[key] = self._end, len(line)
+                if (key := self._verified_key(line)) is not None:
+                    self._lines[key] = self._size, len(line)
                 elif line.endswith(b"\n"):
                     damaged += 1
                 else:
                     break
-                self._end += len(line)
+                self._size += len(line)
         if damaged:
-            log.warning("%s: %d damaged results are left out and made again", self.path, damaged)
-        if self.path.stat().st_size != self._end:
-            log.info("%s: the last result was cut off by a kill and is made again", self.path)
-            truncate(self.path, self._end)
+            log.warning("%s: %d damaged results are skipped and computed again", self.path, damaged)
+        if self.path.stat().st_size != self._size:
+            log.info("%s: the last result is incomplete (killed run) and is computed again", self.path)
+            truncate(self.path, self._size)

@@ -1,4 +1,4 @@
-"""Names of the files written for one entry. An entry's id is a plain file name and cannot lead out of its folder."""
+"""Names of the files of one entry. An id is a plain file name, so it cannot escape from its folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ATTENTION_FORMATS = {
 _EXTENSIONS = (".pkl.gz", ".pkl", ".safetensors")
 
 SIDE_SUFFIXES = ("_analysis", "_metadata", "_meta")
-"""`<id>_analysis.pkl`, and the published code's `<id>_metadata.pkl` and `<id>_meta.pkl`, lie beside `<id>.pkl`, so no
-other id may end in these."""
+"""`<id>.pkl` has companions `<id>_analysis.pkl` and, from the published code, `<id>_metadata.pkl` and `<id>_meta.pkl`.
+So another id must not collide with an id plus one of these."""
 
 MAX_ID_BYTES = 255 - len("_visualization_L9999H9999.png")
-"""File systems allow 255 bytes a name, and the longest one made from an id ends like this."""
+"""File systems allow 255 bytes per name, and this is the longest suffix that an id gets."""
 
 
 def check_id(id: str) -> str:
@@ -48,17 +48,17 @@ def check_id(id: str) -> str:
 
 
 def expand_home(path: Any) -> Any:
-    """A path with a leading `~` or `~user` expanded; anything else unchanged."""
+    """Expand a leading `~` or `~user` in text; return anything else unchanged."""
     return os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111  (knows ~nobody)
 
 
 def reserved_stems(id: str) -> list[str]:
-    """The `.pkl` stems that an entry writes or reads, case-folded as on a case-insensitive file system."""
+    """The stems of the `.pkl` files that an entry owns, case-folded as on a case-insensitive file system."""
     return [unicodedata.normalize("NFC", id + suffix).casefold() for suffix in ("", *SIDE_SUFFIXES)]
 
 
 def entry_path(folder: str | Path, id: str, suffix: str) -> Path:
-    """`folder / (id + suffix)`, which lies directly in `folder`. UsageError for an id that is not a file name."""
+    """`folder / (id + suffix)`, guaranteed to be directly in `folder`. UsageError for an invalid id."""
     try:
         name = check_id(id) + suffix
     except ValueError as error:
@@ -67,7 +67,7 @@ def entry_path(folder: str | Path, id: str, suffix: str) -> Path:
 
 
 def attention_path(folder: str | Path, id: str, format: str = "pkl") -> Path:
-    """The attention file of entry `id` in `folder`; `format` is one of `ATTENTION_FORMATS`."""
+    """The path of an entry's attention file; `format` is one of `ATTENTION_FORMATS`."""
     if format not in ATTENTION_FORMATS:
         raise UsageError(
             f"attention_format={format} is unknown: choose one of {', '.join(ATTENTION_FORMATS)}"
@@ -76,7 +76,7 @@ def attention_path(folder: str | Path, id: str, format: str = "pkl") -> Path:
 
 
 def side_path(attention_file: str | Path, suffix: str) -> Path:
-    """`dir/<stem><suffix>` beside an attention file.
+    """`<stem><suffix>` in the folder of an attention file.
 
     >>> side_path("attention/cat.pkl.gz", "_analysis.pkl").as_posix()
     'attention/cat_analysis.pkl'
@@ -86,7 +86,7 @@ def side_path(attention_file: str | Path, suffix: str) -> Path:
 
 
 def attention_stem(attention_file: str | Path) -> str:
-    """The name of an attention file without its ending: the entry's id."""
+    """The name of an attention file without its extension, which is the entry's id."""
     name = stem = Path(attention_file).name
     for ending in _EXTENSIONS:
         stem = stem.removesuffix(ending)
@@ -94,14 +94,14 @@ def attention_stem(attention_file: str | Path) -> str:
 
 
 def analysis_path(attention_file: str | Path) -> Path:
-    """Where the analysis of an attention file lies."""
+    """The path of the analysis of an attention file."""
     return side_path(attention_file, "_analysis.pkl")
 
 
 def model_folder(name: str) -> str:
     """A safe folder name for a Hugging Face id or a local folder.
 
-    Two local folders of one name get two: eight digits of the path's digest tell them apart.
+    For a local folder it ends in eight digits of the path's hash, so that folders of the same name differ.
 
     >>> model_folder("org/some-model"), model_folder("/data/models/mine/")
     ('org--some-model', 'mine-087ac83c')
@@ -117,9 +117,9 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def local_path(name: str | Path) -> Path:
-    """The path that a name would be, with `~` for a home folder.
+    """A path as the user wrote it, with `~` expanded.
 
-    Where there is no folder `examples`, as outside the repository, its files are those that the package brings.
+    `examples/...` falls back to the copy inside the package where it does not exist, as outside the repository.
     """
     path = Path(expand_home(str(name)))
     if path.parts[:1] == ("examples",) and not path.exists() and (PACKAGE / path).exists():

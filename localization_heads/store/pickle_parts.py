@@ -1,7 +1,7 @@
-"""What a pickle may build, and how much of it: an account of instructions and bytes, arrays under construction, and the
-plain value that comes out.
+"""Building blocks of the safe pickle reader: limits on instructions and bytes, builders for dtypes and arrays, and the
+final copy, which admits only plain values.
 
-An array or tensor is described by its bytes, type, shape and strides; they are checked before any array is made.
+The bytes, dtype, shape and strides of an array or tensor are checked before the array is created.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from localization_heads.errors import shown
 MAX_ELEMENTS = 1 << 30
 MAX_DIMENSIONS = 8
 REFERENCE_BYTES = 8
-"""Bytes of a reference: in a list, on the stack or in the memo."""
+"""Bytes of one reference in a list, on the stack or in the memo."""
 
 _BFLOAT16 = "bf2"
 _STORAGE_DTYPES = {
@@ -37,15 +37,15 @@ _STORAGE_DTYPES = {
 
 
 class PickleRefusedError(Exception):
-    """The pickle is broken or asks for something outside the allow-list."""
+    """The pickle is broken, exceeds a limit, or requests something that is not on the allow-list."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for a pickle: number of instructions, and nesting of its values.
+    """Limits for a pickle: the number of instructions and the nesting depth of its values.
 
     Args:
-        kind: the kind of file expected, for messages.
+        kind: what kind of file is expected, for error messages.
     """
 
     instructions: int = 1_000_000  # an analysis of 10,000 heads takes 250,000
@@ -54,15 +54,15 @@ class Limits:
 
 
 class Budget:
-    """The account of a file of `size` bytes: the instructions and built bytes that are left."""
+    """What remains of the instructions and bytes that a pickle of `size` bytes may use."""
 
     def __init__(self, size: int, limits: Limits) -> None:
-        self.bytes = 7 * size + (56 << 20)  # RefCOCO's refs, nearly all short texts, take 7 times their size
+        self.bytes = 7 * size + (56 << 20)  # RefCOCO's refs, mostly short strings, take 7 times their size
         self.instructions = limits.instructions
         self.kind = limits.kind
 
     def charge(self, count: int) -> None:
-        """Charge `count` bytes before, or as, they are allocated."""
+        """Subtract `count` bytes that are about to be allocated."""
         self.bytes -= count
         if self.bytes < 0:
             raise PickleRefusedError(
@@ -70,13 +70,14 @@ class Budget:
             )
 
     def step(self) -> None:
+        """Subtract one instruction."""
         self.instructions -= 1
         if self.instructions < 0:
             raise PickleRefusedError(f"refused: far more instructions than {self.kind} needs")
 
 
 def storage_dtype(module: object, name: object) -> str | None:
-    """The number type that a storage class of torch stands for, or None.
+    """The numpy dtype of a torch storage class, or None if there is no such class.
 
     >>> storage_dtype("torch", "HalfStorage")
     '<f2'
@@ -87,7 +88,7 @@ def storage_dtype(module: object, name: object) -> str | None:
 
 
 class DtypeBuilder:
-    """A number type under construction: the code (`f4`), then its byte order. Objects, text and records are refused."""
+    """A numeric dtype under construction: its code (`f4`), then its byte order. Objects, text and records fail."""
 
     def __init__(self, code: object) -> None:
         if type(code) is not str or not re.fullmatch(r"[<>|=]?(f[248]|[iu][1248]|b1)", code):
@@ -95,23 +96,23 @@ class DtypeBuilder:
         self.code = code
 
     def set_state(self, state: object) -> None:
-        """The tuple `(3, byte order, None, None, None, -1, -1, 0)` that numpy writes."""
+        """Apply numpy's state tuple `(3, byte order, None, None, None, -1, -1, 0)`."""
         if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "|", "="):
-            raise PickleRefusedError("refused: an unknown form of number type")
+            raise PickleRefusedError("refused: an unknown form of dtype")
         if state[2:5] != (None, None, None):
             raise PickleRefusedError("refused: arrays of records are not taken")
         self.code = state[1] + self.code.lstrip("<>|=")
 
 
 def dtype_code(kind: object) -> str:
-    """The code of a number type that a pickle made. A mere text, which could say bfloat16, is none."""
+    """The code of a dtype that the pickle built. A plain string is refused: it could claim to be bfloat16."""
     if type(kind) is not DtypeBuilder:
         raise PickleRefusedError("refused: an array of an unknown type")
     return kind.code
 
 
 class ArrayBuilder:
-    """An array under construction: bytes, type and shape. `array()` is a read-only view of the bytes."""
+    """An array under construction, from bytes, dtype and shape. `array()` is a read-only view of the bytes."""
 
     __slots__ = ("_array",)
 
@@ -119,45 +120,45 @@ class ArrayBuilder:
         self._array: np.ndarray | None = None
 
     def __sizeof__(self) -> int:
-        """With the views of the bytes, and without the bytes."""
+        """Includes the numpy views but not the bytes they refer to."""
         return 300
 
     def set_state(self, state: object) -> None:
-        """The tuple `(version, shape, dtype, is_fortran, bytes)` that numpy writes."""
+        """Apply numpy's state tuple `(version, shape, dtype, is_fortran, bytes)`."""
         if type(state) is not tuple or len(state) != 5:
             raise PickleRefusedError("refused: an unknown form of array")
         _, shape, kind, fortran, content = state
         self.fill(content, dtype_code(kind), shape, fortran=fortran is True)
 
     def fill(self, content: object, code: str, shape: object, *, fortran: bool) -> None:
-        """Take the content, as a view except for bfloat16, which is copied. The number of bytes must fit the shape."""
+        """Set the content as a view (bfloat16: a float32 copy). The number of bytes must match the shape."""
         shape = _check_shape(shape)
         if not isinstance(content, bytes | bytearray):
             raise PickleRefusedError("refused: an array without bytes")
         if code != _BFLOAT16:
             flat = np.frombuffer(content, dtype=np.dtype(DtypeBuilder(code).code))
         else:
-            # The upper half of a float32
+            # bfloat16 is the upper half of a float32
             flat = (np.frombuffer(content, dtype="<u2").astype("<u4") << 16).view("<f4")
         if flat.size != math.prod(shape):
-            raise PickleRefusedError("refused: an array that holds fewer or more numbers than it says")
+            raise PickleRefusedError("refused: an array whose shape does not match its bytes")
         self._array = flat.reshape(shape, order="F" if fortran else "C")
 
     @classmethod
     def strided(cls, numbers: np.ndarray, offset: object, size: object, stride: object) -> ArrayBuilder:
         """A tensor: element `i, j, ...` is `numbers[offset + i * stride[0] + j * stride[1] + ...]`."""
-        shape, steps = _check_shape(size), _check_integers(stride)
-        if len(shape) != len(steps) or type(offset) is not int or offset < 0:
+        shape, strides = _check_shape(size), _check_integers(stride)
+        if len(shape) != len(strides) or type(offset) is not int or offset < 0:
             raise PickleRefusedError("refused: a tensor with an unknown layout")
-        last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+        last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         if math.prod(shape) and last >= numbers.size:
-            raise PickleRefusedError("refused: a tensor that reaches beyond its numbers")
+            raise PickleRefusedError("refused: a tensor that reaches past its storage")
         if math.prod(shape) > numbers.size:
-            raise PickleRefusedError("refused: a tensor that repeats its numbers")
+            raise PickleRefusedError("refused: a tensor larger than its storage")
         parts = cls()
         tail = numbers[offset:] if math.prod(shape) else numbers[:0]
-        bytes_apart = [step * numbers.itemsize for step in steps]
-        parts._array = np.lib.stride_tricks.as_strided(tail, shape, bytes_apart, writeable=False)
+        byte_strides = [step * numbers.itemsize for step in strides]
+        parts._array = np.lib.stride_tricks.as_strided(tail, shape, byte_strides, writeable=False)
         return parts
 
     def array(self) -> np.ndarray:
@@ -169,7 +170,7 @@ class ArrayBuilder:
 
 
 def _check_shape(value: object) -> tuple[int, ...]:
-    """A tuple of sizes, checked so that their product asks for no absurd memory."""
+    """A shape whose number of elements is within bounds."""
     sizes = _check_integers(value)
     if math.prod(sizes) > MAX_ELEMENTS:
         raise PickleRefusedError("refused: an array with too many numbers")
@@ -177,7 +178,7 @@ def _check_shape(value: object) -> tuple[int, ...]:
 
 
 def _check_integers(value: object) -> tuple[int, ...]:
-    """A short tuple of numbers that cannot overflow."""
+    """A short tuple of non-negative integers, bounded so that products cannot overflow."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
         raise PickleRefusedError("refused: an array with an unknown shape")
     for size in value:
@@ -187,27 +188,27 @@ def _check_integers(value: object) -> tuple[int, ...]:
 
 
 class PlainCopier:
-    """Copies the result of a pickle, with arrays in the place of their parts, and refuses whatever is not plain.
+    """Copies the result of a pickle, replacing builders by their arrays, and refuses anything that is not plain.
 
-    A container that is `shared` is copied once and charged at every reference.
+    A `shared` container is copied once but charged for every reference to it.
     """
 
     def __init__(self, budget: Budget, shared: set[int]) -> None:
         self.budget = budget
         self.shared = shared
-        self.done: dict[tuple[int, int], tuple[Any, int]] = {}  # by id and depth: the copy and its charge
+        self.copies: dict[tuple[int, int], tuple[Any, int]] = {}  # (id, depth) -> copy, its charge
 
     def of(self, value: Any, depth: int) -> Any:
         if id(value) not in self.shared:
             return self.copy(value, depth)
         key = id(value), depth
-        if key in self.done:
-            self.budget.charge(self.done[key][1])
+        if key in self.copies:
+            self.budget.charge(self.copies[key][1])
         else:
             before = self.budget.bytes
             plain = self.copy(value, depth)
-            self.done[key] = plain, before - self.budget.bytes
-        return self.done[key][0]
+            self.copies[key] = plain, before - self.budget.bytes
+        return self.copies[key][0]
 
     def copy(self, value: Any, depth: int) -> Any:
         if depth < 0:

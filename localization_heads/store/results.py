@@ -1,4 +1,4 @@
-"""Results on disk: rankings (`heads.json`, `heads.csv`), `predictions.jsonl`, and tables as parquet."""
+"""Read and write result files: rankings (`heads.json`, `heads.csv`), `predictions.jsonl` and parquet tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_RANKING_BYTES = 32 << 20  # bytes; 100,000 heads take 20 MB
 
 
 def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
-    """Write `heads.json` (the heads kept) and `heads.csv` (all of them) into `folder`."""
+    """Write `heads.json` (the kept heads) and `heads.csv` (all heads) to `folder`; returns both paths."""
     json_path, csv_path = folder / "heads.json", folder / "heads.csv"
     write_csv(csv_path, ranking.csv_header, ranking.csv_rows())
     write_json(json_path, ranking.to_json())
@@ -28,7 +28,7 @@ def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
 
 
 def load_frequencies(path: str | Path) -> dict[Head, float]:
-    """Selection frequency of every head of a `heads.csv`. UsageError, naming the file, for anything else."""
+    """The selection frequency of every head in a `heads.csv`. UsageError, naming the file, if it is not one."""
     import csv
 
     try:
@@ -40,7 +40,7 @@ def load_frequencies(path: str | Path) -> dict[Head, float]:
 
 
 def load_ranking(path: str | Path) -> HeadRanking:
-    """Read a `heads.json`. Raises UsageError, naming the file, for anything else."""
+    """Read a `heads.json`. UsageError, naming the file, if it is not one."""
     data = _read_ranking_json(Path(path))
     try:
         return HeadRanking.from_json(data)
@@ -49,7 +49,7 @@ def load_ranking(path: str | Path) -> HeadRanking:
 
 
 def is_ranking(path: str | Path) -> bool:
-    """Whether a file holds a ranking rather than another tool's scores. UsageError if it is not a JSON file."""
+    """Whether a JSON file is a `heads.json` rather than another tool's scores. UsageError if it is not JSON."""
     data = _read_ranking_json(Path(path))
     return isinstance(data, dict) and "heads" in data
 
@@ -58,7 +58,7 @@ def load_head_list(path: str | Path) -> list[Head]:
     """Heads, best first, from a `heads.json` or from another tool's scores (`heads.score_lists.read_scores`).
 
     Raises:
-        UsageError: naming the file, for anything else.
+        UsageError: the file is neither; the message names it.
     """
     if is_ranking(path):
         return [head.address for head in load_ranking(path).kept]
@@ -69,7 +69,6 @@ def load_head_list(path: str | Path) -> list[Head]:
 
 
 def _read_ranking_json(path: Path) -> Any:
-    """The JSON value in a file of bounded size."""
     try:
         return read_json(path, _MAX_RANKING_BYTES)
     except UsageError as error:
@@ -82,10 +81,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Instance:
-    """One of several objects that an expression fits: its box, score and mask as in `Prediction`.
+    """One of several objects that match an expression, with box, score and mask as in `Prediction`.
 
     Args:
-        confidence: the probability that the box is right, or None.
+        confidence: probability that the box is right, or None.
     """
 
     bbox: Box
@@ -114,11 +113,11 @@ class Instance:
 
 @dataclass(frozen=True)
 class ImageShare:
-    """One of the images of a prompt with several.
+    """One image of a multi-image prompt.
 
     Args:
-        attention: the share of the heads' attention to all of them that it draws, 0 to 1.
-        found: its own box; None in the others, where only the image that draws most gets one.
+        attention: its share of the heads' attention to all images, 0 to 1.
+        found: its box; None for images without one, if only the image with the largest share gets a box.
     """
 
     attention: float
@@ -141,20 +140,20 @@ class Prediction:
     """One line of `predictions.jsonl`.
 
     Args:
-        bbox: xyxy in pixels of the image, or None where there is none.
+        bbox: xyxy in pixels of the image, or None.
         mask: COCO RLE with its counts as text (see `encode_mask`), or None.
         error: why the entry failed, or None.
-        boxes: every object that the expression fits, the best first (`instances=all`); None if only one was asked for.
-        agreement: mean IoU of the box with the heads' own boxes, or None where it was not asked for.
-        confidence: the probability that the box is right if it is `calibrated`, else a raw signal; or None.
-        presence: the probability that the expression refers to something in the image (`present`), or None.
-        absent: there is nothing there, by `abstain`; then there is no box.
-        frame: its number in a video, from 0; None for an image.
-        time: of the frame, in seconds from the beginning.
-        raw_bbox: the frame's box before it was smoothed over time; None where it was not.
-        image_index: which image of a prompt with several the box is in, counted from 0; None of a prompt with one.
-        images: every image of such a prompt, in its order.
-        heads_from: the ready list that the heads are of, and its source; None for other heads.
+        boxes: all objects that match the expression, best first (`instances=all`); None if only one was requested.
+        agreement: mean IoU of the box with the boxes of the single heads, or None if it was not requested.
+        confidence: the probability that the box is right if `calibrated`, else a raw signal; or None.
+        presence: the probability that the expression refers to something in the image (JSON key `present`), or None.
+        absent: the grounding abstained (`abstain`): nothing in the image matches, and there is no box.
+        frame: number of the video frame, from 0; None for an image.
+        time: of the frame, in seconds from the start.
+        raw_bbox: the frame's box before temporal smoothing; None if it was not smoothed.
+        image_index: the image of a multi-image prompt that the box is in, from 0; None for a single image.
+        images: every image of such a prompt, in order.
+        heads_from: the published list that the heads come from, and its source; None for other heads.
     """
 
     id: str
@@ -177,7 +176,7 @@ class Prediction:
     heads_from: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
+        boxes = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
         return {
             "id": self.id,
             "bbox": _optional(_box_to_json, self.bbox),
@@ -185,7 +184,7 @@ class Prediction:
             "mask": self.mask,
             "heads": [[int(layer), int(head)] for layer, head in self.heads],
             "error": self.error,
-            **several,
+            **boxes,
             "agreement": _optional(float, self.agreement),
             "confidence": _optional(float, self.confidence),
             "calibrated": self.calibrated,
@@ -204,14 +203,14 @@ class Prediction:
     def _in_video(self) -> dict[str, Any]:
         if self.frame is None:
             return {}
-        raw = {} if self.raw_bbox is None else {"raw_bbox": _box_to_json(self.raw_bbox)}
-        return {"frame": self.frame, "time": _optional(float, self.time), **raw}
+        raw_box = {} if self.raw_bbox is None else {"raw_bbox": _box_to_json(self.raw_bbox)}
+        return {"frame": self.frame, "time": _optional(float, self.time), **raw_box}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Prediction:
-        """The inverse of `to_json`; raises ValueError, KeyError, TypeError or OverflowError for anything else.
+        """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or OverflowError for invalid data.
 
-        The form of the mask is checked here, its content when it is decoded.
+        Only the format of the mask is checked here; its content is checked when it is decoded.
         """
         box, error, boxes, origin = line["bbox"], line.get("error"), line.get("boxes"), line.get("heads_from")
         calibrated, absent = line.get("calibrated", False), line.get("absent", False)
@@ -249,9 +248,9 @@ def _parse_box(value: Any) -> Box:
 
 
 def _parse_mask(value: Any) -> Mapping[str, Any]:
-    """Run lengths whose form is sound."""
+    """A COCO RLE whose format is valid."""
     if not (isinstance(value, dict) and isinstance(value.get("counts"), str)):
-        raise ValueError("'mask' must be run lengths with their counts as text")
+        raise ValueError("'mask' must be COCO RLE with its counts as text")
     rle_size(value)
     return value
 
@@ -261,13 +260,13 @@ def _box_to_json(box: Box) -> list[float]:
 
 
 def _optional(read: Callable[[Any], T], value: Any) -> T | None:
-    """None stays None."""
+    """Apply `read`, but keep None."""
     return None if value is None else read(value)
 
 
 def _parse_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{shown(value)} is no number")
+        raise ValueError(f"{shown(value)} is not a number")
     return float(value)
 
 
@@ -276,7 +275,7 @@ def _parse_integer(value: object) -> int:
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
-    """Write the whole file atomically, in the order given."""
+    """Write the predictions atomically, in the order given."""
     with atomic_write(path) as file:
         for prediction in predictions:
             text = json.dumps(prediction.to_json(), ensure_ascii=False, allow_nan=False)
@@ -284,7 +283,7 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> No
 
 
 def read_predictions(path: str | Path) -> Iterator[Prediction]:
-    """Yield the predictions in a `predictions.jsonl`. UsageError, naming file and line, for a line that is not one."""
+    """Yield the predictions in a `predictions.jsonl`. UsageError, naming file and line, for an invalid line."""
     path = Path(path)
     try:
         file = path.open("rb")
@@ -303,7 +302,7 @@ def read_predictions(path: str | Path) -> Iterator[Prediction]:
 
 
 def _parse_prediction(line: bytes) -> Prediction:
-    """A line of the file. Raises ValueError or UsageError."""
+    """Parse a line. Raises ValueError or UsageError."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")
     value = parse_json(line)
@@ -314,21 +313,21 @@ def _parse_prediction(line: bytes) -> Prediction:
     except KeyError as error:
         raise ValueError(f"{error} is missing") from error
     except (TypeError, OverflowError) as error:
-        raise ValueError("a value of the wrong kind") from error
+        raise ValueError("a value of the wrong type") from error
 
 
 def write_parquet(path: Path, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as parquet; columns that a row lacks are null.
+    """Write rows as parquet; missing values are null.
 
     Args:
-        columns: name -> kind: `text`, `number` (float64), `whole` (int64), or `texts`, `numbers` for lists of them.
+        columns: name -> `text`, `number` (float64), `whole` (int64), or `texts`, `numbers` for lists of them.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64()}
-    kinds |= {"texts": pa.list_(pa.string()), "numbers": pa.list_(pa.float64())}
-    schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    types = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64()}
+    types |= {"texts": pa.list_(pa.string()), "numbers": pa.list_(pa.float64())}
+    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
     arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
     with atomic_write(path) as file:
         parquet.write_table(pa.Table.from_arrays(arrays, schema=schema), file)

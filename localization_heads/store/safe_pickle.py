@@ -1,13 +1,13 @@
-"""Reading pickles as data: a small interpreter that builds plain values and never calls what a pickle names.
+"""Read untrusted pickles as data: a small interpreter that builds plain values and never calls what a pickle names.
 
-A pickle is a program, and Python's unpickler runs it. This reader knows only the instructions that plain
-containers, numpy arrays and CPU tensors need. A name in the pickle is looked up in an allow-list and stands
-for one of *our* constructors, so a pickle can make nothing be imported or called. torch
-is not needed to read a tensor: its storage is bytes after a short header.
+A pickle is a program that Python's unpickler executes. This reader implements only the instructions that plain
+containers, numpy arrays and CPU tensors need. A global named by the pickle is looked up in an allow-list that maps it
+to one of *our* constructors, so a pickle cannot import or call anything. Reading a tensor does not need torch: its
+storage is raw bytes after a short header.
 
-The limits are on what is built, not on what is read. A pickle can refer to one value a million times, so every step
-that makes, copies or refers to something is charged to a `Budget`, which is in proportion to the file; the result is
-charged once more with every reference counted as a copy, since callers may copy (`np.stack` of a list does). Only text
+The limits apply to what is built, not to what is read. A pickle can refer to one value a million times, so every step
+that creates, copies or references something is charged to a `Budget` in proportion to the file size. The result is
+charged again with every reference counted as a copy, since callers may copy (`np.stack` of a list does). Only strings
 and short integers are hashed: hashing a deep tuple crashes Python, and hashing a long integer is slow every time.
 """
 
@@ -39,31 +39,31 @@ from localization_heads.store.pickle_parts import (
 MAX_FILE_BYTES = 4 << 30
 MAX_INTEGER_BITS = 1 << 15
 ATTENTION_LIMITS = Limits()
-"""For attention files and the files beside them."""
+"""For attention files and their metadata."""
 
 _DICT_ENTRY_BYTES = 300
-"""Bytes of one value's entry in a dict."""
+"""Bytes of an entry in a dict or set."""
 
 
 class _Global(NamedTuple):
-    """A global that the pickle names and the allow-list knows."""
+    """A global named by the pickle that is on the allow-list."""
 
     module: str
     name: str
 
 
 class _Storage(NamedTuple):
-    """The flat numbers under a tensor."""
+    """The flat array that a tensor is a view of."""
 
     numbers: np.ndarray
 
 
 _MARK = object()
-"""The bottom of a list of arguments on the stack; in the memo, a number that was left out."""
+"""The pickle MARK on the stack; in the memo, an index that was skipped."""
 
 
 def check_file(path: Path) -> None:
-    """UsageError unless there is a file of at most `MAX_FILE_BYTES`."""
+    """UsageError unless `path` is a file of at most `MAX_FILE_BYTES`."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     if path.stat().st_size > MAX_FILE_BYTES:
@@ -71,10 +71,10 @@ def check_file(path: Path) -> None:
 
 
 def load_pickle(path: str | Path, limits: Limits = ATTENTION_LIMITS) -> Any:
-    """The plain value in a pickle file: None, numbers, text, bytes, lists, tuples, dicts and numpy arrays.
+    """The value in a pickle file: None, numbers, strings, bytes, lists, tuples, dicts and numpy arrays.
 
-    Arrays are read-only views. Tensors come as arrays (bfloat16 as float32). Raises UsageError, in one line
-    that names the file, for a file that is missing, broken, too large or asks for anything else.
+    Arrays are read-only views. Tensors become arrays (bfloat16 becomes float32). Raises UsageError, naming the file, if
+    it is missing, broken, too large or contains anything else.
     """
     path = Path(path)
     try:
@@ -107,13 +107,15 @@ class _Machine:
     def __init__(self, stream: BytesIO, budget: Budget, *, storages: bool = False) -> None:
         self.stream = stream
         self.budget = budget
-        self.storages = storages  # whether persistent ids, which name tensor storages, may be used
+        self.storages = storages  # whether persistent ids, which refer to tensor storages, are allowed
         self.stack: list[Any] = []
-        self.memo: list[Any] = []  # a dict would take ten times the memory of writers that count
-        self.shared: set[int] = set()  # ids of the containers that are referred to more than once
+        self.memo: list[
+            Any
+        ] = []  # a list: indices are consecutive, and a dict would take ten times the memory
+        self.shared: set[int] = set()  # ids of containers that are referenced more than once
 
     def run(self) -> Any:
-        """Run to the STOP instruction; the stream is left behind it."""
+        """Execute up to and including STOP; the stream is then positioned after it."""
         try:
             for opcode, argument, _ in pickletools.genops(self.stream):
                 self.budget.step()
@@ -124,7 +126,7 @@ class _Machine:
             return value
         except PickleRefusedError:
             raise
-        except Exception as error:  # whatever garbage makes of a stack machine, it is garbage
+        except Exception as error:  # garbage may raise anything in a stack machine
             raise PickleRefusedError(
                 f"not a readable pickle, or cut short ({type(error).__name__})"
             ) from error
@@ -138,23 +140,23 @@ class _Machine:
             raise PickleRefusedError(f"refused: the pickle uses {name}, which {self.budget.kind} never needs")
 
     def push(self, value: Any) -> None:
-        """Put a new value on the stack."""
+        """Push a new value."""
         self.budget.charge(REFERENCE_BYTES + sys.getsizeof(value))
         self.stack.append(value)
 
-    def push_again(self, index: int) -> None:
-        """Put a value of the memo on the stack."""
+    def push_from_memo(self, index: int) -> None:
+        """Push a value from the memo again."""
         value = self.memo[index] if index >= 0 else _MARK
         if value is _MARK:
-            raise PickleRefusedError("not a readable pickle: a number that was never given out")
+            raise PickleRefusedError("not a readable pickle: a memo index that was never set")
         self.budget.charge(REFERENCE_BYTES)
         if type(value) in (list, tuple, dict) and id(value) not in self.shared:
             self.budget.charge(_DICT_ENTRY_BYTES)
             self.shared.add(id(value))
         self.stack.append(value)
 
-    def since_mark(self) -> list[Any]:
-        """Take the values above the last mark, and the mark."""
+    def pop_to_mark(self) -> list[Any]:
+        """Pop the values above the last mark, and the mark itself."""
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
@@ -164,7 +166,8 @@ class _Machine:
         del self.stack[at:]
         return values
 
-    def pack(self, count: int) -> None:
+    def push_tuple(self, count: int) -> None:
+        """Replace the top `count` values by a tuple of them."""
         values = tuple(self.stack[-count:])
         if len(values) != count:
             raise PickleRefusedError("not a readable pickle: empty stack")
@@ -172,18 +175,18 @@ class _Machine:
         self.push(values)
 
     def memoize(self, index: int) -> None:
-        """Give the top of the stack a number. Writers count, from 0 or 1; what they leave out is charged too."""
-        missing = index + 1 - len(self.memo)
+        """Store the top of the stack in the memo. Writers count from 0 or 1; skipped indices are charged too."""
+        num_skipped = index + 1 - len(self.memo)
         if index < 0 or self.stack[-1] is _MARK:
-            raise PickleRefusedError("not a readable pickle: a number for nothing")
-        self.budget.charge(REFERENCE_BYTES * max(0, missing))
-        self.memo.extend(repeat(_MARK, missing))
+            raise PickleRefusedError("not a readable pickle: a memo index without a value")
+        self.budget.charge(REFERENCE_BYTES * max(0, num_skipped))
+        self.memo.extend(repeat(_MARK, num_skipped))
         self.memo[index] = self.stack[-1]
 
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            raise PickleRefusedError("refused: the pickle appends to something that is no list")
+            raise PickleRefusedError("refused: the pickle appends to something that is not a list")
         target.extend(values)
 
     def make_dict(self, flat: list[Any]) -> None:
@@ -193,17 +196,17 @@ class _Machine:
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(flat) % 2:
-            raise PickleRefusedError("refused: the pickle sets an item of something that is no dict")
+            raise PickleRefusedError("refused: the pickle sets an item of something that is not a dict")
         size = sys.getsizeof(target)
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             if type(key) not in (str, int):
-                raise PickleRefusedError("refused: a key that is neither text nor a whole number")
+                raise PickleRefusedError("refused: a key that is neither text nor an integer")
             target[key] = value
         self.budget.charge(sys.getsizeof(target) - size)
 
     def name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:  # before either is hashed or shown
-            raise PickleRefusedError("refused: the pickle asks for something whose name is no text")
+            raise PickleRefusedError("refused: the pickle asks for something whose name is not text")
         if (module, name) not in _ALLOWED and not (self.storages and storage_dtype(module, name)):
             asked = shown(f"{module[:80]}.{name[:80]}", 80)[1:-1]
             raise PickleRefusedError(
@@ -215,21 +218,23 @@ class _Machine:
         arguments = self.stack.pop()
         target = self.stack.pop()
         if type(target) is not _Global or type(arguments) is not tuple or _ALLOWED.get(target) is None:
-            raise PickleRefusedError("refused: the pickle calls something that is no constructor of arrays")
+            raise PickleRefusedError(
+                "refused: the pickle calls something that is not a constructor of arrays"
+            )
         self.push(_ALLOWED[target](self, *arguments))  # type: ignore[misc]
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if type(target) not in (ArrayBuilder, DtypeBuilder):
-            raise PickleRefusedError("refused: the pickle sets the state of something that is no array")
+            raise PickleRefusedError("refused: the pickle sets the state of something that is not an array")
         target.set_state(state)
 
-    def persistent(self) -> None:
-        pid = self.stack.pop()
+    def load_persistent(self) -> None:
+        persistent_id = self.stack.pop()
         if not self.storages:
             raise PickleRefusedError("refused: the pickle refers to data outside itself")
-        self.stack.append(pid)
+        self.stack.append(persistent_id)
 
 
 _INTEGERS = ("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4")
@@ -242,12 +247,12 @@ _PLAIN_LITERALS = (
 
 def _bounded_integer(value: int) -> int:
     if value.bit_length() > MAX_INTEGER_BITS:
-        raise PickleRefusedError(f"refused: a whole number of more than {MAX_INTEGER_BITS} bits")
+        raise PickleRefusedError(f"refused: an integer of more than {MAX_INTEGER_BITS} bits")
     return value
 
 
 def _python2_text(text: str) -> str:
-    """What Python 2 wrote as a plain string: bytes, here as Latin-1; UTF-8 where they are that."""
+    """Decode a Python 2 `str`, which pickletools gives as Latin-1: as UTF-8 if it is valid UTF-8."""
     try:
         return text if text.isascii() else text.encode("latin-1").decode("utf-8")
     except UnicodeDecodeError:
@@ -268,43 +273,43 @@ _LITERALS: dict[str, Callable[[Any], Any]] = {
 }
 
 _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
-    "LIST": lambda m, _: m.push(m.since_mark()),
-    "DICT": lambda m, _: m.make_dict(m.since_mark()),
-    "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
-    "TUPLE1": lambda m, _: m.pack(1),
-    "TUPLE2": lambda m, _: m.pack(2),
-    "TUPLE3": lambda m, _: m.pack(3),
+    "LIST": lambda m, _: m.push(m.pop_to_mark()),
+    "DICT": lambda m, _: m.make_dict(m.pop_to_mark()),
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_to_mark())),
+    "TUPLE1": lambda m, _: m.push_tuple(1),
+    "TUPLE2": lambda m, _: m.push_tuple(2),
+    "TUPLE3": lambda m, _: m.push_tuple(3),
     "APPEND": lambda m, _: m.extend([m.stack.pop()]),
-    "APPENDS": lambda m, _: m.extend(m.since_mark()),
+    "APPENDS": lambda m, _: m.extend(m.pop_to_mark()),
     "SETITEM": lambda m, _: m.set_items([m.stack.pop(-2), m.stack.pop()]),
-    "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
+    "SETITEMS": lambda m, _: m.set_items(m.pop_to_mark()),
     "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.memoize),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.push_again),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.push_from_memo),
     "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.name(m.stack.pop(-2), m.stack.pop()),
     "REDUCE": lambda m, _: m.reduce(),
     "BUILD": lambda m, _: m.build(),
-    "BINPERSID": lambda m, _: m.persistent(),
+    "BINPERSID": lambda m, _: m.load_persistent(),
 }
 
 
 def _new_array(_: _Machine, kind: Any, shape: Any, code: Any) -> ArrayBuilder:
-    """`numpy.core.multiarray._reconstruct(ndarray, (0,), b"b")`: empty until BUILD brings the content."""
+    """`numpy.core.multiarray._reconstruct(ndarray, (0,), b"b")`: empty until BUILD sets its content."""
     if kind != _Global("numpy", "ndarray"):
         raise PickleRefusedError("refused: an array of an unknown class")
     return ArrayBuilder()
 
 
 def _array_from_buffer(_: _Machine, buffer: Any, kind: Any, shape: Any, order: Any) -> ArrayBuilder:
-    """`numpy.core.numeric._frombuffer`, the form of protocol 5."""
+    """`numpy.core.numeric._frombuffer`, used by protocol 5."""
     parts = ArrayBuilder()
     parts.fill(buffer, dtype_code(kind), shape, fortran=order == "F")
     return parts
 
 
 def _numpy_scalar(_: _Machine, kind: Any, content: Any) -> bool | int | float:
-    """`numpy.core.multiarray.scalar`, as the plain number it holds."""
+    """`numpy.core.multiarray.scalar`, converted to a Python number."""
     parts = ArrayBuilder()
     parts.fill(content, dtype_code(kind), (), fortran=False)
     value: bool | int | float = parts.array().item()
@@ -312,14 +317,14 @@ def _numpy_scalar(_: _Machine, kind: Any, content: Any) -> bool | int | float:
 
 
 def _empty_dict(_: _Machine, *arguments: Any) -> dict[str, Any]:
-    """`OrderedDict()`: a tensor carries an empty one for its hooks."""
+    """`OrderedDict()`: a pickled tensor has an empty one for its hooks."""
     if arguments not in ((), ([],)):
-        raise PickleRefusedError("refused: an OrderedDict made from something")
+        raise PickleRefusedError("refused: an OrderedDict with content")
     return {}
 
 
 def _encoded_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
-    """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
+    """`_codecs.encode(text, "latin1")`, which is how protocol 2 writes bytes."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise PickleRefusedError("refused: text in an unknown encoding")
     machine.budget.charge(len(text))
@@ -327,18 +332,18 @@ def _encoded_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
 
 
 def _load_storage(machine: _Machine, content: Any) -> _Storage:
-    """`torch.storage._load_from_bytes`: five pickled headers, then a count (int64) and the raw numbers."""
+    """`torch.storage._load_from_bytes`: five pickled headers, then the count (int64) and the raw values."""
     if type(content) is not bytes:
         raise PickleRefusedError("not a readable pickle: a tensor without bytes")
-    machine.budget.charge(3 * len(content))  # the copy of the numbers, and bfloat16 at twice its size
+    machine.budget.charge(3 * len(content))  # a copy of the values, and for bfloat16 twice their size
     stream = BytesIO(content)
     for _header in range(3):  # magic number, protocol version, byte order and sizes
         header = _Machine(stream, machine.budget).run()
     if type(header) is not dict or header.get("little_endian") is not True:
         raise PickleRefusedError("refused: a tensor in an unknown byte order")
-    pid = _Machine(stream, machine.budget, storages=True).run()
+    persistent_id = _Machine(stream, machine.budget, storages=True).run()
     _Machine(stream, machine.budget).run()  # the list of storage keys
-    match pid:
+    match persistent_id:
         case ("storage", _Global(module, name), str(), str(), int(count), *_):
             code = storage_dtype(module, name)
         case _:

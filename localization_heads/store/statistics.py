@@ -1,14 +1,14 @@
-"""Statistics that `find`, `batch` and `evaluate` keep: every head's sum, entropies and bottom-row flag, per sample.
+"""Per-sample head statistics that `find`, `batch` and `evaluate` store: attention sum, entropies, bottom-row flag.
 
-They are records of one size in an append-only file, written chunk by chunk and read one by one, so a hundred thousand
-samples need no memory, and a kill in the middle of a write costs at most the last chunk. A record is
+They are fixed-size records in an append-only file, written in chunks and read one by one. So memory does not grow with
+the number of samples, and a run that is killed during a write loses at most the last chunk. A record is
 
     key (16 bytes) | attention_sum, area_entropy, mass_entropy f4 [L, H] | bottom_row u1 [L, H] |
     with sensitivity: sensitivity, consistency f4 [L, H] | pad | CRC32 u4
 
-and a JSON file of the same name beside it says which settings the numbers were made with. Both names carry a digest
-of these settings, so statistics of another model, prompt or threshold never mix. The records hold everything that the
-ranking's options choose among, so `stage=rank` needs nothing else: `find_stores` lists the stores of a folder.
+and a JSON file of the same name beside it, the header, records the settings. Both names contain a hash of these, so
+statistics of another model, prompt or threshold never mix. The records are all that the ranking's options need, so
+`stage=rank` runs without the model: `find_stores` lists the stores of a folder.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ log = logging.getLogger(__name__)
 VERSION = 3
 KEY_BYTES = 16
 COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4", "bottom_row_focus": "u1"}
-"""The fields of a record, for every head, in the order of the file."""
+"""The fields of a record, one value per head, in file order."""
 SENSITIVITY_COLUMNS = {"sensitivity": "<f4", "consistency": "<f4"}
-"""Those that follow in a store with sensitivity; NaN where they were not measured."""
+"""Additional fields of a store with sensitivity; NaN where it was not measured."""
 _SCAN_BYTES = 16 << 20
-_MAX_HEADS = 1 << 20  # heads
+_MAX_HEADS = 1 << 20
 
 
 def sample_key(expression: str, image: str | Path, id: str = "") -> bytes:
-    """A digest of a sample's expression, image and id, 16 bytes.
+    """A 16-byte hash of a sample's expression, image and id.
 
-    A file is identified by its resolved path, size and modification time, so an edited image is a new sample; an
+    An image file is identified by its resolved path, size and modification time, so an edited image is a new sample; an
     http(s) address by its text.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
@@ -68,7 +68,7 @@ def _digest(value: object) -> bytes:
 
 @dataclass(frozen=True)
 class StatisticsRows:
-    """Rows in the requested order. The views read only what is indexed from the file."""
+    """The statistics of some samples, in the requested order, read from the file when indexed."""
 
     attention_sum: RowView
     area_entropy: RowView
@@ -81,21 +81,21 @@ class StatisticsRows:
         return len(self.attention_sum)
 
     def sensitivity_statistics(self) -> Iterator[SensitivityStatistics] | None:
-        """The sensitivity of each sample, read one by one; None in a store without it."""
+        """Yield the sensitivity of each sample, read one by one; None if the store has none."""
         if self.sensitivity is None or self.consistency is None:
             return None
         return (SensitivityStatistics(*one) for one in zip(self.sensitivity, self.consistency, strict=True))
 
     def spatial_entropy(self, weight: Weight) -> RowView:
-        """The entropy with components weighted by `area` or `mass`."""
+        """The spatial entropy with components weighted by `area` or `mass`."""
         return self.area_entropy if weight == "area" else self.mass_entropy
 
 
 class RowView:
-    """An array `[sample, layer, head]` on disk, in a given order.
+    """A read-only array `[sample, layer, head]` on disk, with samples in a given order.
 
-    `view[i]`, `view[i:j]` and `view[indices]` are arrays in memory; `np.asarray(view)` reads all of it. Rows are
-    read, not memory-mapped: the pages of a mapping would count as this process's memory.
+    `view[i]`, `view[i:j]` and `view[indices]` are loaded into memory; `np.asarray(view)` loads all of it. Rows are read
+    rather than memory-mapped, since mapped pages would count towards this process's memory.
     """
 
     def __init__(self, path: Path, record: np.dtype[Any], column: str, order: NDArray[np.int64]) -> None:
@@ -103,11 +103,11 @@ class RowView:
         self._order = order
         self._record_bytes = record.itemsize
         assert record.fields is not None
-        stored = record.fields[column][0]
+        field_dtype = record.fields[column][0]
         self._offset: int = record.fields[column][1]
-        self._stored = stored.base
+        self._stored = field_dtype.base
         self.dtype = np.dtype(np.bool_) if self._stored == np.uint8 else self._stored
-        self.shape: tuple[int, ...] = (len(order), *stored.shape)
+        self.shape: tuple[int, ...] = (len(order), *field_dtype.shape)
         self.ndim = len(self.shape)
 
     def __len__(self) -> int:
@@ -115,20 +115,20 @@ class RowView:
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        places = self._order[first]
-        rows = self._read(np.atleast_1d(places)).astype(self.dtype, copy=False)
-        return np.asarray(rows[(0 if np.ndim(places) == 0 else slice(None), *rest)])
+        positions = self._order[first]
+        rows = self._read(np.atleast_1d(positions)).astype(self.dtype, copy=False)
+        return np.asarray(rows[(0 if np.ndim(positions) == 0 else slice(None), *rest)])
 
-    def _read(self, places: NDArray[np.int64]) -> NDArray[Any]:
-        rows = np.empty((len(places), *self.shape[1:]), self._stored)
+    def _read(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        rows = np.empty((len(positions), *self.shape[1:]), self._stored)
         if not len(rows):
             return rows
         try:
             with self._path.open("rb", buffering=0) as file:
-                for row, place in zip(rows, places.tolist(), strict=True):
-                    file.seek(place * self._record_bytes + self._offset)
+                for row, position in zip(rows, positions.tolist(), strict=True):
+                    file.seek(position * self._record_bytes + self._offset)
                     if file.readinto(row.reshape(-1).view(np.uint8).data) != row.nbytes:
-                        raise WorkError(f"cannot read {self._path}: it has become shorter meanwhile")
+                        raise WorkError(f"cannot read {self._path}: it has been truncated in the meantime")
         except OSError as error:
             raise WorkError(f"cannot read {self._path}: {error.strerror or error}") from error
         return rows
@@ -145,8 +145,8 @@ class StoreHeader:
     """The header of a store in a folder.
 
     Args:
-        settings: the settings that the numbers were made with.
-        used: when a run last opened the store, in seconds since 1970.
+        settings: everything that the statistics depend on.
+        last_used: when a run last opened the store, in seconds since 1970.
         columns: the fields of its records.
     """
 
@@ -154,12 +154,12 @@ class StoreHeader:
     settings: Mapping[str, Any]
     num_layers: int
     num_heads: int
-    used: float
+    last_used: float
     columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
 
     @property
     def has_sensitivity(self) -> bool:
-        """Whether it holds the sensitivity."""
+        """Whether the records include sensitivity."""
         return dict(self.columns) == {**COLUMNS, **SENSITIVITY_COLUMNS}
 
     def open(self) -> StatisticsStore:
@@ -173,7 +173,7 @@ class StoreHeader:
 
 
 def find_stores(folder: str | Path) -> list[StoreHeader]:
-    """The stores of a folder, most recently used first. Anything but a sound header of this version is skipped."""
+    """The headers of the stores in a folder, most recently used first. Invalid ones and other versions are skipped."""
     found = []
     for path in Path(folder).glob("statistics-*.json"):
         header = journal.read_json_or_none(path)
@@ -184,14 +184,14 @@ def find_stores(folder: str | Path) -> list[StoreHeader]:
             type(layers) is int and type(heads) is int and layers > 0 and 0 < heads <= _MAX_HEADS // layers
         )
         if header.get("version") == VERSION and sizes and isinstance(settings, dict):
-            columns, used = header.get("columns", COLUMNS), path.stat().st_mtime
+            columns, last_used = header.get("columns", COLUMNS), path.stat().st_mtime
             if isinstance(columns, dict):
-                found.append(StoreHeader(Path(folder), settings, layers, heads, used, columns))  # type: ignore[arg-type]
-    return sorted(found, key=lambda one: -one.used)
+                found.append(StoreHeader(Path(folder), settings, layers, heads, last_used, columns))  # type: ignore[arg-type]
+    return sorted(found, key=lambda one: -one.last_used)
 
 
 def _store_name(header: Mapping[str, Any]) -> str:
-    """What the files of that header are called; "" for one that no store writes."""
+    """The stem of the files that belong to a header; "" if it is nested too deeply to be ours."""
     try:
         return f"statistics-{_digest(header).hex()[:16]}"
     except RecursionError:
@@ -199,15 +199,15 @@ def _store_name(header: Mapping[str, Any]) -> str:
 
 
 class StatisticsStore:
-    """Append-only statistics of every sample, for one set of settings, in `folder`.
+    """Append-only statistics of samples, for one set of settings, in `folder`.
 
-    Opening drops a record that a kill cut in half and skips damaged ones. One writer at a time: the caller holds the
-    folder's `RunLock`.
+    Opening it truncates a partial last record and skips damaged ones. There must be one writer at a time: the caller
+    holds the folder's `RunLock`.
 
     Args:
-        settings: everything that the numbers depend on (model, prompt, criteria), as JSON values.
-        columns: the fields of a record, and their types as numpy writes them; those of both criteria unless others
-            are given, which are then read by `views`.
+        settings: everything that the statistics depend on (model, prompt, criteria), as JSON values.
+        columns: the fields of a record, with their numpy dtypes; by default those of both criteria. Other columns are
+            read with `views` rather than `rows`.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class StatisticsStore:
             **({} if self.columns == COLUMNS else {"columns": self.columns}),
         }
         digest = _digest(header)
-        self._seed = zlib.crc32(digest)  # a record of other settings does not pass as one of these
+        self._seed = zlib.crc32(digest)  # records written under other settings fail the check
         self.path = Path(folder) / f"statistics-{digest.hex()[:16]}.bin"
         self._positions: dict[bytes, int] = {}
         self._count = 0
@@ -250,14 +250,14 @@ class StatisticsStore:
         return key in self._positions
 
     def keys(self) -> list[bytes]:
-        """The keys of all sound records, in the order of writing."""
+        """The keys of all intact records, in the order written."""
         return list(self._positions)
 
     def append(self, keys: Sequence[bytes], *arrays: NDArray[Any]) -> None:
-        """Add a chunk: keys `[sample]` and an array `[sample, layer, head]` a column, in one write, on disk on return.
+        """Append a chunk in one write, synced to disk: keys `[sample]` and, per column, an array `[sample, layer, head]`.
 
-        Keys that are already stored are skipped. Raises ValueError for wrong shapes or NaN, WorkError where
-        the disk fails; the store is then as it was.
+        Keys that are already stored are skipped. Raises ValueError for wrong shapes or NaN, and WorkError if the disk
+        fails; the store is then unchanged.
         """
         records = self._records(keys, *arrays)
         if not len(records):
@@ -268,27 +268,27 @@ class StatisticsStore:
             self._count += 1
 
     def rows(self, keys: Sequence[bytes]) -> StatisticsRows:
-        """The statistics of `keys`, in that order; a key may come more than once. KeyError if one is missing."""
+        """The statistics of `keys`, in that order; keys may repeat. KeyError if one is missing."""
         return StatisticsRows(**self.views(keys))
 
     def views(self, keys: Sequence[bytes]) -> dict[str, RowView]:
-        """Each column of `keys`, in that order, by its name. KeyError if one is missing."""
+        """The columns by name, each with the rows of `keys` in that order. KeyError if a key is missing."""
         order = np.array([self._positions[key] for key in keys], dtype=np.int64)
         return {column: RowView(self.path, self._dtype, column, order) for column in self.columns}
 
-    def note_failures(self, reasons: Mapping[bytes, str]) -> None:
-        """Record why samples have no statistics, in addition to earlier notes; samples that have some are skipped."""
-        noted = {key: why for key, why in {**self.failures(), **reasons}.items() if key not in self}
-        if noted or self._failures_path.exists():
-            write_json(self._failures_path, {key.hex(): why for key, why in noted.items()})
+    def record_failures(self, reasons: Mapping[bytes, str]) -> None:
+        """Add to the recorded reasons why samples have no statistics; samples that do have statistics are skipped."""
+        failures = {key: reason for key, reason in {**self.failures(), **reasons}.items() if key not in self}
+        if failures or self._failures_path.exists():
+            write_json(self._failures_path, {key.hex(): reason for key, reason in failures.items()})
 
     def failures(self) -> dict[bytes, str]:
-        """The reasons given to `note_failures`, by key."""
-        noted = journal.read_json_or_none(self._failures_path)
+        """The reasons passed to `record_failures`, by key."""
+        failures = journal.read_json_or_none(self._failures_path)
         try:
-            return {bytes.fromhex(key): str(why) for key, why in (noted or {}).items()}
+            return {bytes.fromhex(key): str(reason) for key, reason in (failures or {}).items()}
         except (AttributeError, ValueError, RecursionError):
-            return {}  # a file of somebody else
+            return {}  # not written by this tool
 
     @property
     def _failures_path(self) -> Path:
@@ -301,17 +301,17 @@ class StatisticsStore:
                 raise ValueError(f"{name} must be {shape}, not {np.shape(array)}")
             if name not in SENSITIVITY_COLUMNS and np.isnan(array).any():
                 raise ValueError(f"{name} holds NaN")
-        fresh: dict[bytes, int] = {}
+        new_keys: dict[bytes, int] = {}
         for i, key in enumerate(keys):
             if len(key) != KEY_BYTES:
                 raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
             if key not in self._positions:
-                fresh.setdefault(bytes(key), i)
-        records = np.zeros(len(fresh), self._dtype)
-        chosen = list(fresh.values())
+                new_keys.setdefault(bytes(key), i)
+        records = np.zeros(len(new_keys), self._dtype)
+        chosen = list(new_keys.values())
         for name, array in zip(self.columns, arrays, strict=True):
             records[name] = np.asarray(array)[chosen]
-        for row, key in enumerate(fresh):
+        for row, key in enumerate(new_keys):
             records["key"][row] = np.frombuffer(key, np.uint8)
             records["crc"][row] = self._crc(records[row : row + 1])
         return records
@@ -320,14 +320,14 @@ class StatisticsStore:
         return zlib.crc32(record.tobytes()[:-4], self._seed)
 
     def _recover(self) -> None:
-        """Find the sound records and cut off a torn tail."""
+        """Index the intact records, skip damaged ones, and truncate a partial last record."""
         if not self.path.exists():
             return
         size = self._dtype.itemsize
-        per_scan = max(1, _SCAN_BYTES // size)
+        records_per_read = max(1, _SCAN_BYTES // size)
         damaged = 0
         with self.path.open("rb") as file:
-            while len(content := file.read(per_scan * size)) >= size:
+            while len(content := file.read(records_per_read * size)) >= size:
                 for start in range(0, len(content) - size + 1, size):
                     record = memoryview(content)[start : start + size]
                     if zlib.crc32(record[:-4], self._seed) == int.from_bytes(record[-4:], "little"):
@@ -336,9 +336,9 @@ class StatisticsStore:
                         damaged += 1
                     self._count += 1
         if damaged:
-            log.warning("%s: %d damaged records are left out and made again", self.path, damaged)
+            log.warning("%s: %d damaged records are skipped and computed again", self.path, damaged)
         if self.path.stat().st_size != self._count * size:
-            log.info("%s: the last record was cut off by a kill and is made again", self.path)
+            log.info("%s: the last record is incomplete (killed run) and is computed again", self.path)
             journal.truncate(self.path, self._count * size)
 
 
@@ -348,7 +348,7 @@ def _record_dtype(num_layers: int, num_heads: int, columns: Mapping[str, str]) -
         raise ValueError("a model has at least one layer and one head")
     sizes = [heads * np.dtype(kind).itemsize for kind in columns.values()]
     starts = [KEY_BYTES, *(KEY_BYTES + np.cumsum(sizes)).tolist()]
-    crc = -(-starts[-1] // 4) * 4  # so that the floats of every record are aligned
+    crc = -(-starts[-1] // 4) * 4  # rounded up, so that the floats of every record are aligned
     return np.dtype(
         {
             "names": ["key", *columns, "crc"],
