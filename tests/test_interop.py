@@ -427,7 +427,7 @@ def test_export_with_another_data_file(front):
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
-        ([[0, 0, 5, 0, 5, 5]], "line 1: .*'mask' must be run lengths"),
+        ([[0, 0, 5, 0, 5, 5]], "line 1: .*'mask' must be COCO RLE"),
         ({"size": [0, 5], "counts": "0"}, "line 1: .*'size' must be"),
         ({"size": ["a", 5], "counts": "0"}, "line 1: .*'size' must be"),
         ({"size": [10**6, 10**6], "counts": "0"}, "line 1: .*over the limit"),

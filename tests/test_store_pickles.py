@@ -326,9 +326,9 @@ def test_hostile_pickles_are_refused_and_run_nothing(name, tmp_path):
         ("nested tuples as a key", "a key that is neither text"),
         ("endless instructions", "far more instructions"),
         ("a million copies of a text", "more bytes than the file"),
-        ("state set on a constructor", "state of something that is no array"),
+        ("state set on a constructor", "state of something that is not an array"),
         ("a tensor beyond its numbers", "beyond its numbers"),
-        ("a tensor that repeats one number", "repeats its numbers"),
+        ("a tensor that repeats one number", "larger than its storage"),
         ("a storage that claims more", "fewer or more numbers"),
         ("an array of objects by hand", "type 'O'"),
         ("os.system", "^refused: the pickle asks for .*system.* never needs"),
@@ -366,7 +366,7 @@ def test_graphs_are_refused_within_the_memory_that_is_promised(tmp_path):
     assert done.returncode == 0, done.stderr
     said = dict(zip(GRAPHS, done.stdout.splitlines(), strict=True))
     assert {name: line for name, line in said.items() if line[:2] != ": " or len(line) > 200} == {}
-    assert "whose name is no text" in said["a name of nested tuples"]
+    assert "whose name is not text" in said["a name of nested tuples"]
     assert "more bytes than the file" in said["a list of one array"]
 
 

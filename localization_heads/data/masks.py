@@ -171,7 +171,7 @@ def flatten_polygons(source: object) -> list[list[float]]:
     A single polygon without the outer list and points as pairs `[[x, y], ...]` are accepted too.
     """
     if not isinstance(source, list | tuple) or not source:
-        raise MaskError("the mask must be run lengths, polygons or the path of a PNG")
+        raise MaskError("the mask must be COCO RLE, polygons or the path of a PNG")
     if not isinstance(source[0], list | tuple) or all(_is_point(item) for item in source):
         source = [source]
     if len(source) > MAX_POLYGONS:

@@ -254,7 +254,7 @@ class StatisticsStore:
         return list(self._positions)
 
     def append(self, keys: Sequence[bytes], *arrays: NDArray[Any]) -> None:
-        """Append a chunk in one write, synced to disk: keys `[sample]` and, per column, an array `[sample, layer, head]`.
+        """Append a chunk in one write, synced to disk: keys `[sample]` and an array `[sample, layer, head]` per column.
 
         Keys that are already stored are skipped. Raises ValueError for wrong shapes or NaN, and WorkError if the disk
         fails; the store is then unchanged.
