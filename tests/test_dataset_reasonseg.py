@@ -158,7 +158,9 @@ def test_lisas_folders_are_read_by_split(tmp_path):
     assert index.entries[2].text == "what keeps one dry?"
     train, first, second = found
     assert (
-        train.ignore is None and train.more == {"is_sentence": True} and second.more == {"is_sentence": False}
+        train.ignore is None
+        and train.extra == {"is_sentence": True}
+        and second.extra == {"is_sentence": False}
     )
     assert first.ignore.sum() == 11 * 11 and first.box == (2.0, 2.0, 41.0, 31.0) and first.size == (64, 48)
     assert records(root / "val")[0].entries == [e._replace(row=n) for n, e in enumerate(index.entries[2:])]
@@ -183,7 +185,7 @@ def test_a_bad_file_costs_only_itself(tmp_path):
     save_lisa(folder, "bad-image", entry(("target", BIG)))
     (folder / "bad-image.jpg").write_bytes(b"abc")
     index, found = records(tmp_path)
-    assert {bad.id for bad in index.bad} == {"broken", "deep", "list", "no-text"}
+    assert {bad.id for bad in index.failures} == {"broken", "deep", "list", "no-text"}
     assert [type(one) for one in found] == [BadRecord, BadRecord, Record, BadRecord]
     assert "no such file" in found[3].reason
 
@@ -198,7 +200,7 @@ def test_one_bad_text_does_not_lose_the_image(tmp_path):
     save_lisa(tmp_path / "train", "a", entry(("target", BIG), text=["one", " ", "three", 4]))
     index, (found,) = records(tmp_path)
     assert [one.id for one in index.entries] == ["a_sent0", "a_sent2"] and isinstance(found, Record)
-    assert [(bad.id, bad.split) for bad in index.bad] == [("a_sent1", "train"), ("a_sent3", "train")]
+    assert [(bad.id, bad.split) for bad in index.failures] == [("a_sent1", "train"), ("a_sent3", "train")]
 
 
 def test_parquet_with_masks_inside(tmp_path):
@@ -252,7 +254,7 @@ def test_a_row_of_an_absurd_size_is_not_read(tmp_path, change):
     good = ricky_row("a", "x", np.ones((4, 4), bool))
     save_rows(tmp_path / "test.parquet", [{**good, **change}, good], RICKY)
     index, _ = records(tmp_path)
-    assert [bad.line for bad in index.bad] == [1] and len(index.entries) == 1
+    assert [bad.line for bad in index.failures] == [1] and len(index.entries) == 1
 
 
 def test_masks_larger_than_their_images_are_not_read(tmp_path):

@@ -11,7 +11,7 @@ from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import load_samples
 from localization_heads.datasets.base import BadRecord
 from localization_heads.datasets.flickr30k import read_boxes
-from localization_heads.datasets.refcoco import targets_of
+from localization_heads.datasets.refcoco import target_ids
 from localization_heads.datasets.source import OPENERS, open_source
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.evaluation.protocols import PROTOCOLS, protocol_of
@@ -59,14 +59,14 @@ def test_ref_l4_boxes_are_xywh(tmp_path):
     assert index.entries[0].text == "The caf\xe9's \u201cblue\u201d vase."
     assert found[0].box == (10.0, 10.0, 30.0, 25.5) and found[2].box == (100.0, 50.0, 300.0, 150.0)
     category = {"ori_category_id": "refcoco_1", "category": "o365_1"}  # a person in both
-    assert found[1].more == {"source_id": 2, **category, "is_rewrite": True}
+    assert found[1].extra == {"source_id": 2, **category, "is_rewrite": True}
 
 
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
     for name in ("../../etc/passwd", "/etc/passwd", "a\\..\\b.jpg", "", None):
         index, found = read("ref-l4", save_ref_l4(tmp_path, file_name=name))
         assert 1 not in found or isinstance(found[1], BadRecord), name
-        assert len(index.entries) + len(index.bad) == 3
+        assert len(index.entries) + len(index.failures) == 3
 
 
 def test_ref_l4_says_where_the_images_belong(tmp_path):
@@ -95,14 +95,14 @@ def test_grefcoco_has_one_target_several_or_none(tmp_path):
 @pytest.mark.parametrize("ann_id", [None, "7", [], [-1, 7], [7, -1], -2, [True], 1.5, [[7]]])
 def test_targets_that_are_none_are_refused(ann_id):
     with pytest.raises(BadLineError, match="ann_id must be"):
-        targets_of({"ann_id": ann_id})
+        target_ids({"ann_id": ann_id})
 
 
 def test_targets_that_contradict_no_target_are_refused():
-    assert targets_of({"ann_id": -1, "no_target": True}) == []
+    assert target_ids({"ann_id": -1, "no_target": True}) == []
     for ref in ({"ann_id": [-1], "no_target": False}, {"ann_id": 7, "no_target": True}):
         with pytest.raises(BadLineError, match="contradicts"):
-            targets_of(ref)
+            target_ids(ref)
 
 
 @pytest.mark.parametrize("version", ["", "_v2"])
@@ -113,7 +113,7 @@ def test_screenspot_json_boxes_are_xywh(tmp_path, version):
     index, found = read(f"screenspot{version.replace('_', '-')}", tmp_path)
     assert {entry.split for entry in index.entries} == {"test"} and len(found) == 3
     assert all(record.box == (30.0, 20.0, 40.0, 40.0) for record in found.values())
-    assert [record.more["platform"] for record in found.values()] == ["desktop", "mobile", "web"]
+    assert [record.extra["platform"] for record in found.values()] == ["desktop", "mobile", "web"]
     assert index.entries[0].picture == "screenspot:desktop_3b0ad239.png"
 
 
@@ -126,7 +126,7 @@ def test_screenspot_parquet_boxes_are_shares_of_the_image(tmp_path):
     boxes = [[0.25, 0.5, 0.5, 1.0], [24.0, 27.0, 48.0, 54.0]]
     save_rows(tmp_path / "test-00000-of-00001.parquet", [{**row, "bbox": box} for box in boxes], SCREENSPOT)
     _, found = read("screenspot", tmp_path)
-    assert found[0].box == (24.0, 27.0, 48.0, 54.0) and found[0].more == {
+    assert found[0].box == (24.0, 27.0, 48.0, 54.0) and found[0].extra == {
         "data_type": "icon",
         "data_source": "ios",
     }
@@ -137,7 +137,9 @@ def test_screenspot_pro_boxes_are_xyxy_in_4k(tmp_path):
     index, found = read("screenspot-pro", save_screenspot_pro(tmp_path))
     assert found[0].box == (3000.0, 2000.0, 3040.0, 2030.0) and found[0].size == (3840, 2160)
     assert (
-        found[0].image.is_file() and found[0].more["group"] == "Dev" and found[0].more["platform"] == "macos"
+        found[0].image.is_file()
+        and found[0].extra["group"] == "Dev"
+        and found[0].extra["platform"] == "macos"
     )
     assert index.entries[0].text == "refresh the file explorer"
 
@@ -145,8 +147,8 @@ def test_screenspot_pro_boxes_are_xyxy_in_4k(tmp_path):
 def test_groundingme_rejections_and_bad_rows(tmp_path):
     index, found = read("groundingme", save_groundingme(tmp_path))
     assert found[0].box == (10.0, 10.0, 30.0, 25.5) and found[0].size == (64, 48)
-    assert found[1].absent and found[1].box is None and found[1].more["subtask_l1"] == "Rejection"
-    assert isinstance(found[3], BadRecord) and [bad.id for bad in index.bad] == ["row2"]
+    assert found[1].absent and found[1].box is None and found[1].extra["subtask_l1"] == "Rejection"
+    assert isinstance(found[3], BadRecord) and [bad.id for bad in index.failures] == ["row2"]
 
 
 def test_finecops_negatives_are_absent_and_name_their_positive(tmp_path):
@@ -155,9 +157,9 @@ def test_finecops_negatives_are_absent_and_name_their_positive(tmp_path):
         "gqa:2370799", "gqa:2370799", "gqa:neg_17", "gqa:2370799",
     ]  # fmt: skip
     assert (
-        found[0].box == (10.0, 10.0, 30.0, 25.5) and not found[0].absent and found[0].more["source_id"] == 1
+        found[0].box == (10.0, 10.0, 30.0, 25.5) and not found[0].absent and found[0].extra["source_id"] == 1
     )
-    assert found[1].absent and found[2].absent and found[1].more["positive_id"] == 1
+    assert found[1].absent and found[2].absent and found[1].extra["positive_id"] == 1
     assert found[2].image == tmp_path / "final_neg_images" / "neg_17.jpg" and isinstance(found[3], BadRecord)
 
 
@@ -172,7 +174,7 @@ def test_flickr30k_boxes_are_counted_from_one(tmp_path):
     girl, shoes, foot, again = found.values()
     assert girl.box == again.box == (0.0, 10.0, 30.0, 25.0)
     assert shoes.boxes == ((4.0, 4.0, 14.0, 14.0), (39.0, 4.0, 49.0, 14.0)) and shoes.box is None
-    assert foot.box == shoes.boxes[1] and foot.more["phrase_type"] == "bodyparts"
+    assert foot.box == shoes.boxes[1] and foot.extra["phrase_type"] == "bodyparts"
 
 
 BAD_XML = {
@@ -195,7 +197,7 @@ def test_bad_xml_costs_only_its_image(tmp_path, content):
     with pytest.raises(UsageError):
         read_boxes(root / "Annotations" / "1.xml")
     index, found = read("flickr30k", root)
-    assert [bad.id for bad in index.bad] == ["1", "../x"] and len(found) == 4
+    assert [bad.id for bad in index.failures] == ["1", "../x"] and len(found) == 4
 
 
 @pytest.mark.parametrize("dataset", OPENERS)

@@ -18,8 +18,8 @@ from pycocotools import mask as coco
 from localization_heads.data.masks import encode_mask_source, read_mask
 from localization_heads.datasets import parquet
 from localization_heads.datasets.base import BadRecord, Record
-from localization_heads.datasets.parquet import UnreadablePageError, unpacked_sizes
-from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
+from localization_heads.datasets.parquet import UnreadablePageError, page_sizes
+from localization_heads.datasets.source import OFFICIAL_COUNTS, Counts, count_entries, open_source
 from localization_heads.errors import UsageError
 from localization_heads.store.safe_pickle import loads_pickle
 from tests.dataset_files import (
@@ -65,7 +65,7 @@ def test_both_sources_of_unc_give_cocos_truth(tmp_path, images, save):
     refs = world()
     save(tmp_path / "data_of", refs)
     source, index = opened(tmp_path / "data_of", images)
-    assert not index.bad
+    assert not index.failures
     assert {(e.id, e.split, e.picture, e.text) for e in index.entries} == {
         (f"ref{ref.ref_id}_sent{s['sent_id']}", ref.split, f"coco:{ref.image_id}", s["sent"])
         for ref in refs
@@ -80,7 +80,7 @@ def test_both_sources_of_unc_give_cocos_truth(tmp_path, images, save):
         assert record.box == (x, y, x + width, y + height)
         assert record.size == ref.size
         assert record.image == images / f"COCO_train2014_{ref.image_id:012d}.jpg"
-        assert record.more == {"ref_id": ref.ref_id, "ann_id": ref.ann_id}
+        assert record.extra == {"ref_id": ref.ref_id, "ann_id": ref.ann_id}
         written = encode_mask_source(record.mask, record.size)
         np.testing.assert_array_equal(coco.decode(written).astype(bool), coco_mask(ref))
         np.testing.assert_array_equal(read_mask(written, ref.size), coco_mask(ref))
@@ -122,7 +122,7 @@ def test_lmms_boxes_are_xywh_and_images_come_out(tmp_path):
         "val": "coco:20",
     }
     assert [e.id for e in index.entries if e.split == "testB"] == ["row1_sent0", "row1_sent1"]
-    record = next(r for r in all_records(source, index) if r.more["file_name"] == refs[0].file_name)
+    record = next(r for r in all_records(source, index) if r.extra["file_name"] == refs[0].file_name)
     assert record.box == (10.0, 10.0, 60.0, 44.0)
     assert isinstance(record.image, bytes) and record.image[:2] == b"\xff\xd8"
     np.testing.assert_array_equal(
@@ -138,7 +138,7 @@ def test_rows_are_found_in_any_row_group(tmp_path):
     for rows in ([0], [8], [1, 2, 3], [0, 4, 7], list(range(9)), [3, 8]):
         found = list(source.records(rows))
         assert [r.row for r in found] == rows
-        assert [r.more["file_name"] for r in found] == [refs[n].file_name for n in rows]
+        assert [r.extra["file_name"] for r in found] == [refs[n].file_name for n in rows]
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_rows_are_found_in_any_row_group(tmp_path):
     ],
 )
 def test_a_files_name_tells_its_split(name, split):
-    assert parquet.split_of(Path(name)) == split
+    assert parquet.split_from_path(Path(name)) == split
 
 
 def test_a_name_that_tells_no_split_is_refused():
     for name in ("0000.parquet", "train-val.parquet", "val/train-test.parquet", "x/0000.parquet"):
         with pytest.raises(UsageError, match="does not tell its split"):
-            parquet.split_of(Path(name))
+            parquet.split_from_path(Path(name))
 
 
 def test_jxus_test_is_testa_but_not_of_refcocog(tmp_path, images):
@@ -179,7 +179,7 @@ def test_the_folder_of_the_data_set_is_found(tmp_path, images):
     save_images(root / "images/mscoco/images/train2014", world())
     for dataset, number in (("refcoco", len(world())), ("refcoco+", 3), ("refcocog", 1)):
         source, index = opened(root, None, dataset)
-        assert count(index.entries).references == number and source.variant == "" and not source.notes
+        assert count_entries(index.entries).references == number and source.variant == "" and not source.notes
     source, _ = opened(root / "refcoco" / "refs(google).p", None)
     assert source.variant == "google" and any("splits objects" in note for note in source.notes)
 
@@ -201,7 +201,7 @@ def test_the_published_counts_add_up():
         "refcoco+": Counts(49_856, 141_564),
         "refcocog": Counts(49_822, 95_010),
     }.items():
-        parts = [counts for (name, _), counts in OFFICIAL.items() if name == dataset]
+        parts = [counts for (name, _), counts in OFFICIAL_COUNTS.items() if name == dataset]
         assert Counts(sum(c.references for c in parts), sum(c.expressions for c in parts)) == total
 
 
@@ -226,7 +226,7 @@ def test_a_bad_reference_costs_only_itself(tmp_path, images, change):
     path.write_bytes(pickle.dumps([bad, good], 2))
     _, index = opened(tmp_path, images)
     assert {entry.row for entry in index.entries} == {1}
-    assert [entry.line for entry in index.bad] == [1]
+    assert [entry.line for entry in index.failures] == [1]
 
 
 def test_one_bad_sentence_does_not_lose_its_reference(tmp_path, images):
@@ -238,7 +238,7 @@ def test_one_bad_sentence_does_not_lose_its_reference(tmp_path, images):
     path.write_bytes(pickle.dumps([bad], 2))
     source, index = opened(tmp_path, images)
     assert [entry.id for entry in index.entries] == ["ref0_sent0", "ref0_sent2"]
-    assert [(one.line, one.id, one.split) for one in index.bad] == [
+    assert [(one.line, one.id, one.split) for one in index.failures] == [
         (1, "ref0_sent1", "train"),
         (1, "ref0_number3", "train"),
     ]
@@ -251,7 +251,7 @@ def test_one_bad_expression_of_lmms_does_not_lose_its_row(tmp_path):
     save_rows(tmp_path / "val-00000-of-00001.parquet", [row], LMMS)
     _, index = opened(tmp_path, None)
     assert [entry.id for entry in index.entries] == ["row0_sent0", "row0_sent2"]
-    assert [(bad.id, bad.split) for bad in index.bad] == [("row0_sent1", "val")]
+    assert [(bad.id, bad.split) for bad in index.failures] == [("row0_sent1", "val")]
 
 
 BAD_ANNOTATIONS = {
@@ -366,7 +366,7 @@ def test_lmms_rows_without_expressions_or_image_names_are_told(tmp_path):
     rows = [{**lmms_row(world()[0]), **change} for change in ({"answer": []}, {"file_name": "../x.jpg"}, {})]
     save_rows(tmp_path / "val-00000-of-00001.parquet", rows, LMMS)
     _, index = opened(tmp_path, None)
-    assert [bad.line for bad in index.bad] == [1, 2] and {entry.row for entry in index.entries} == {2}
+    assert [bad.line for bad in index.failures] == [1, 2] and {entry.row for entry in index.entries} == {2}
 
 
 def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
@@ -481,7 +481,7 @@ def test_every_page_of_a_file_is_followed(version, compression, tmp_path):
     group = pq.read_metadata(path).row_group(0)
     for column in map(group.column, range(2)):
         start, length = column.dictionary_page_offset, column.total_compressed_size
-        sizes = list(unpacked_sizes(io.BytesIO(path.read_bytes()[: start + length]), start, length))
+        sizes = list(page_sizes(io.BytesIO(path.read_bytes()[: start + length]), start, length))
         assert len(sizes) > 3
         assert sum(sizes) <= column.total_uncompressed_size < sum(sizes) + 200 * len(sizes)
 
@@ -516,12 +516,12 @@ def test_page_headers_are_read_in_one_way_or_refused(header, sizes):
     file = io.BytesIO((header + b"x") * 2 if isinstance(sizes, list) else header)
     length = len(file.getvalue()) or 1
     if isinstance(sizes, list):
-        assert list(unpacked_sizes(file, 0, length)) == sizes
-        assert list(unpacked_sizes(file, 0, len(header) + 1)) == sizes  # the next is in the slack
-        assert list(unpacked_sizes(file, 0, 0)) == sizes
+        assert list(page_sizes(file, 0, length)) == sizes
+        assert list(page_sizes(file, 0, len(header) + 1)) == sizes  # the next is in the slack
+        assert list(page_sizes(file, 0, 0)) == sizes
     else:
         with pytest.raises(UnreadablePageError):
-            list(unpacked_sizes(file, 0, length))
+            list(page_sizes(file, 0, length))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"dictionary_pagesize_limit": 2000}])
@@ -536,7 +536,7 @@ def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=5000, **options)
     assert list(parquet.read_columns(path, ["s", "t"])) == rows
     wanted = [0, 17, 4999, 5000, 8999]
-    found = [(row, batch.to_pylist()) for row, batch in parquet.read_rows(path, ["s", "t"], wanted)]
+    found = [(row, batch.to_pylist()) for row, batch in parquet.read_row_batches(path, ["s", "t"], wanted)]
     assert found == [(row, [rows[row]]) for row in wanted]
 
 

@@ -18,10 +18,10 @@ from localization_heads import hub
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.data.samples import Sample, decode_ignored, load_samples
 from localization_heads.datasets import prepare
-from localization_heads.datasets.base import Entry
+from localization_heads.datasets.base import IndexEntry
 from localization_heads.datasets.leakage import image_keys
-from localization_heads.datasets.prepare import sample_entries
-from localization_heads.datasets.source import OFFICIAL, Counts
+from localization_heads.datasets.prepare import draw_entries
+from localization_heads.datasets.source import OFFICIAL_COUNTS, Counts
 from localization_heads.evaluation.judging import overlap_of_all
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.stages import run as stages_run
@@ -113,15 +113,15 @@ def test_a_sample_is_the_same_at_every_run_and_from_every_source(front):
 
 
 def test_samples_are_random_nested_and_in_order():
-    entries = [Entry(f"e{n}", "train", "p", "t", n) for n in range(1000)]
-    drawn = sample_entries(entries, 100, 42)
+    entries = [IndexEntry(f"e{n}", "train", "p", "t", n) for n in range(1000)]
+    drawn = draw_entries(entries, 100, 42)
     assert len(drawn) == 100 and drawn == sorted(drawn, key=lambda entry: entry.row)
-    assert set(sample_entries(entries, 30, 42)) < set(drawn)
-    assert sample_entries(list(reversed(entries)), 100, 42) == list(reversed(drawn))
+    assert set(draw_entries(entries, 30, 42)) < set(drawn)
+    assert draw_entries(list(reversed(entries)), 100, 42) == list(reversed(drawn))
     assert abs(np.mean([entry.row for entry in drawn]) - 500) < 4 * 1000 / np.sqrt(12 * 100)
-    overlap = len(set(drawn) & set(sample_entries(entries, 100, 43)))
+    overlap = len(set(drawn) & set(draw_entries(entries, 100, 43)))
     assert overlap < 30  # 10 are expected
-    assert sample_entries(entries, 2000, 42) == entries
+    assert draw_entries(entries, 2000, 42) == entries
 
 
 def test_evaluation_splits_are_sampled_only_when_told(front):
@@ -154,7 +154,7 @@ def test_no_image_at_all_is_an_error_and_leaves_no_file(front):
 
 def test_counts_that_are_not_those_of_papers_are_told(front, monkeypatch):
     assert "val has 1 references and 2 expressions here, 3811 and 10834 in papers" in prepared(front).err
-    monkeypatch.setitem(OFFICIAL, ("refcoco", "val"), Counts(1, 2))
+    monkeypatch.setitem(OFFICIAL_COUNTS, ("refcoco", "val"), Counts(1, 2))
     assert "in papers" not in prepared(front).err
 
 

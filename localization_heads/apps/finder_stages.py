@@ -44,7 +44,7 @@ def _pipeline(run: Run) -> int:
 
 
 def _prepare(run: Run) -> int:
-    result = prepare.prepare(run.options, all_but_train=not run.is_given("num_samples"))
+    result = prepare.prepare(run.options, limit_train_only=not run.is_given("num_samples"))
     _show(tables.prepared_table(result), result.paths)
     if result.failures:
         tables.show(tables.reasons_table(result.failures))

@@ -18,7 +18,7 @@ from rich.text import Text
 from localization_heads.apps import frontdoor
 from localization_heads.attention import Box
 from localization_heads.datasets.prepare import PreparedDataset
-from localization_heads.datasets.source import OFFICIAL
+from localization_heads.datasets.source import OFFICIAL_COUNTS
 from localization_heads.errors import BadEntry, printable
 from localization_heads.grounding.ground import Grounding
 from localization_heads.stages.outcome import Outcome
@@ -100,7 +100,7 @@ def prepared_table(result: PreparedDataset) -> Table:
         caption=f"{written.expressions} expressions for {written.references} references written",
     )
     for split, found in result.splits.items():
-        official = OFFICIAL.get((result.dataset, split))
+        official = OFFICIAL_COUNTS.get((result.dataset, split))
         published = f"{official.references:,} / {official.expressions:,}" if official else "-"
         style = "bold" if split == result.split else ""
         table.add_row(split, f"{found.references:,}", f"{found.expressions:,}", published, style=style)

@@ -1,8 +1,8 @@
 """Flickr30k Entities: `Sentences/<image>.txt`, `Annotations/<image>.xml`, and `train.txt`, `val.txt`, `test.txt`.
 
-A sentence marks its phrases: `[/EN#283585/people A girl]`. The XML gives boxes to these numbers, counted from 1, or
-calls them `scene` or `nobndbox`. Every phrase with a box is an expression; 1 is taken off all four numbers, as the
-set's own reader does.
+Sentences mark their phrases: `[/EN#283585/people A girl]`. The XML assigns boxes to these numbers, or marks them as
+`scene` or `nobndbox`. Every phrase with a box is an expression. Box coordinates count from 1 in the XML, so 1 is
+subtracted from all four, as in the data set's own reader.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ from xml.etree import ElementTree
 from localization_heads.attention import Box
 from localization_heads.data.lines import check_box
 from localization_heads.datasets.base import (
-    BadText,
-    Entry,
-    HeldSource,
+    BadExpression,
+    IndexEntry,
+    InMemorySource,
     Record,
-    entry_or_bad,
-    image_folders,
-    named_image,
+    find_image_folders,
+    find_named_image,
+    make_entry,
 )
 from localization_heads.errors import BadLineError, UsageError, one_line
 
 SPLITS = ("train", "val", "test")
 MAX_BYTES = 1 << 20
-"""Of the sentences, or of the XML, of one image."""
-MAX_LIST = 4 << 20
+"""For the sentences, and for the XML, of one image."""
+MAX_LIST_BYTES = 4 << 20
 _PHRASE = re.compile(r"\[/EN#(\d{1,18})/(\S{1,200}) ([^\]]{1,2000})\]")
 
 
 class Phrase(NamedTuple):
-    """A phrase of an image. `number` counts the image's phrases; `error` is why the image has none that can be used."""
+    """A phrase that has a box, or, with `error` set, an image whose phrases cannot be read.
+
+    Args:
+        number: index of the phrase among all phrases of its image.
+        chain: id of the object (coreference chain) that the phrase refers to.
+        types: types of the object, such as `people` or `clothing/bodyparts`.
+    """
 
     split: str
     image: str
@@ -45,60 +51,62 @@ class Phrase(NamedTuple):
     error: str = ""
 
 
-class Flickr30kEntities(HeldSource):
+class Flickr30kEntities(InMemorySource):
+    """Flickr30k Entities, one row per phrase."""
+
     kind = "Sentences and Annotations"
     protocol = "flickr30k"
 
     def __init__(self, root: Path, lists: Mapping[str, Path], images: Path | None) -> None:
         super().__init__(list(lists.values()))
         self.root, self.lists = root, dict(lists)
-        self.folders = image_folders(images, root, "flickr30k-images", "flickr30k_images", "images")
+        self.folders = find_image_folders(images, root, "flickr30k-images", "flickr30k_images", "images")
 
-    def name(self, row: int) -> str:
-        return str(self.held[row].image)
+    def row_name(self, row: int) -> str:
+        return str(self.loaded[row].image)
 
-    def load(self) -> Iterator[Phrase]:
+    def load_rows(self) -> Iterator[Phrase]:
         for split, path in self.lists.items():
-            for image in _text(path, MAX_LIST).split():
+            for image in _read_text(path, MAX_LIST_BYTES).split():
                 yield from self._phrases(split, image[:100])
 
     def _phrases(self, split: str, image: str) -> list[Phrase]:
-        """Those with a box; one with the reason where the image's files cannot be read."""
+        """The phrases of an image that have a box, or a single `Phrase` with the error if its files cannot be read."""
         try:
             if not image.isalnum():
-                raise BadLineError("the name of an image in the list is no number")
-            marked = _PHRASE.findall(_text(self.root / "Sentences" / f"{image}.txt", MAX_BYTES))
+                raise BadLineError("the name of an image in the list is not a number")
+            phrases = _PHRASE.findall(_read_text(self.root / "Sentences" / f"{image}.txt", MAX_BYTES))
             boxes = read_boxes(self.root / "Annotations" / f"{image}.xml")
         except (UsageError, BadLineError) as error:
             return [Phrase(split, image, 0, "", "", "", str(error))]
         return [
             Phrase(split, image, number, chain, types, text)
-            for number, (chain, types, text) in enumerate(marked)
+            for number, (chain, types, text) in enumerate(phrases)
             if chain in boxes
         ]
 
-    def row_split(self, values: Phrase) -> str:
-        return values.split
+    def row_split(self, phrase: Phrase) -> str:
+        return phrase.split
 
-    def entries(self, row: int, values: Phrase) -> list[Entry | BadText]:
-        if values.error:
-            raise BadLineError(values.error)
-        id = f"{values.image}_phrase{values.number}"
-        return [entry_or_bad(id, values.split, f"flickr30k:{values.image}", values.text, row)]
+    def row_entries(self, row: int, phrase: Phrase) -> list[IndexEntry | BadExpression]:
+        if phrase.error:
+            raise BadLineError(phrase.error)
+        id = f"{phrase.image}_phrase{phrase.number}"
+        return [make_entry(id, phrase.split, f"flickr30k:{phrase.image}", phrase.text, row)]
 
-    def record(self, row: int, found: Phrase) -> Record:
-        known = read_boxes(self.root / "Annotations" / f"{found.image}.xml")
-        boxes = tuple(map(check_box, known[found.chain]))
-        file = named_image(self.folders, f"{found.image}.jpg")
-        more: dict[str, Any] = {"phrase_type": found.types.split("/")[0], "chain": found.chain}
+    def make_record(self, row: int, phrase: Phrase) -> Record:
+        boxes_by_chain = read_boxes(self.root / "Annotations" / f"{phrase.image}.xml")
+        boxes = tuple(map(check_box, boxes_by_chain[phrase.chain]))
+        file = find_named_image(self.folders, f"{phrase.image}.jpg")
+        extra: dict[str, Any] = {"phrase_type": phrase.types.split("/")[0], "chain": phrase.chain}
         if len(boxes) == 1:
-            return Record(row, file, box=boxes[0], more=more)
-        return Record(row, file, boxes=boxes, more=more)
+            return Record(row, file, box=boxes[0], extra=extra)
+        return Record(row, file, boxes=boxes, extra=extra)
 
 
-def _text(path: Path, most: int) -> str:
+def _read_text(path: Path, max_bytes: int) -> str:
     try:
-        if path.stat().st_size > most:
+        if path.stat().st_size > max_bytes:
             raise UsageError(f"{path}: far too large")
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -106,19 +114,19 @@ def _text(path: Path, most: int) -> str:
 
 
 def read_boxes(path: Path) -> dict[str, list[Box]]:
-    """The boxes of each number, from 0: xyxy. UsageError for a file that cannot be read; entities are refused."""
-    content = _text(path, MAX_BYTES)
-    if "<!DOCTYPE" in content or "<!ENTITY" in content:
-        raise UsageError(f"{path}: an XML file with declarations of its own is not read")
+    """The boxes (xyxy, from 0) by chain id. UsageError if the file cannot be read, or declares XML entities."""
+    text = _read_text(path, MAX_BYTES)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise UsageError(f"{path}: an XML file with a DOCTYPE or entities is not read")
     boxes: dict[str, list[Box]] = {}
     try:
-        for thing in ElementTree.fromstring(content).iter("object"):
-            found = thing.find("bndbox")
+        for element in ElementTree.fromstring(text).iter("object"):
+            found = element.find("bndbox")
             if found is not None:
                 x0, y0, x1, y1 = (
                     float(found.findtext(name) or "") - 1 for name in ("xmin", "ymin", "xmax", "ymax")
                 )
-                for name in thing.findall("name"):
+                for name in element.findall("name"):
                     boxes.setdefault((name.text or "").strip(), []).append((x0, y0, x1, y1))
     except (ElementTree.ParseError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {one_line(error)}") from error

@@ -1,7 +1,7 @@
-"""Leakage: which images two sets of samples share. Heads found on an image must not be scored on it.
+"""Detect leakage: images shared by two sets of samples. Heads must not be scored on the images they were found on.
 
-Two samples show the same image if their lines give it the same name (`picture`, as `stage=prepare` writes it), if
-their files have the same COCO number in their names, or else if the files hold the same bytes.
+Two samples have the same image if it has the same `picture` name (written by `stage=prepare`), the same COCO id in
+its file name, or else the same file content.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from localization_heads.data.address import is_address
 from localization_heads.data.lines import read_objects
 from localization_heads.data.samples import Sample
-from localization_heads.datasets.base import coco_image_of
+from localization_heads.datasets.base import coco_picture_from_name
 from localization_heads.errors import UsageError
 from localization_heads.hub import load_heads
 from localization_heads.store.files import read_json
@@ -23,7 +23,7 @@ KEY_DIGITS = 16
 
 
 def image_keys(samples: Iterable[Sample]) -> list[str | None]:
-    """The identity of each sample's image; None for one in memory or one that cannot be read."""
+    """A key that identifies each sample's image; None for an image in memory or an unreadable one."""
     known: dict[str, str | None] = {}
     keys: list[str | None] = []
     for sample in samples:
@@ -38,10 +38,10 @@ def image_keys(samples: Iterable[Sample]) -> list[str | None]:
 
 
 def _file_key(name: str) -> str | None:
-    """By COCO's name, or else by content; an address by its text."""
+    """The key of a file, from its COCO id or else its content; of an address, from its text."""
     if not name or "\0" in name:  # in memory, or several images
         return None
-    if known := coco_image_of(Path(name).name):
+    if known := coco_picture_from_name(Path(name).name):
         return known
     if is_address(name):
         return "address:" + hashlib.sha256(name.encode()).hexdigest()[:KEY_DIGITS]
@@ -52,23 +52,23 @@ def _file_key(name: str) -> str | None:
         return None
 
 
-def prepared_images(data_file: Path, option: str = "data_file") -> set[str]:
-    """The images of a file that `stage=prepare` wrote. UsageError for any other file."""
-    images: set[str] = set()
+def read_pictures(data_file: Path, option: str = "data_file") -> set[str]:
+    """The `picture` names in a file written by `stage=prepare`. UsageError for any other file."""
+    pictures: set[str] = set()
     for line, entry in read_objects(data_file, option):
         name = entry.get("picture") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             raise UsageError(f"{data_file}: line {line} names no image: give files that stage=prepare wrote")
-        images.add(name)
-    return images
+        pictures.add(name)
+    return pictures
 
 
-def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files that `stage=prepare` wrote into a folder, each with its record."""
-    for side in sorted(folder.glob("*.json")):
-        data_file = side.with_suffix(".jsonl")
+def find_prepared_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the data files that `stage=prepare` wrote to a folder, each with its metadata."""
+    for metadata_file in sorted(folder.glob("*.json")):
+        data_file = metadata_file.with_suffix(".jsonl")
         try:
-            record = read_json(side, 1 << 20)
+            record = read_json(metadata_file, 1 << 20)
         except UsageError:
             continue
         if isinstance(record, dict) and isinstance(record.get("split"), str) and data_file.is_file():
@@ -76,19 +76,19 @@ def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def check_unseen(samples: Sequence[Sample], source: Path | str | None, *, allowed: bool = False) -> None:
-    """UsageError if samples show images that heads were found on, unless that is allowed.
+    """UsageError if samples have images that the heads were found on.
 
     Args:
-        source: the heads.json, here or on the hub. None for heads without one (published ones, a list): the images
-            that they were found on are unknown.
-        allowed: the user wrote `allow_leakage=true`.
+        source: the heads.json, local or on the hub. None for heads without one (published heads, a list), where the
+            images are unknown.
+        allowed: skip the check (`allow_leakage=true`).
     """
     if allowed or source is None:
         return
     seen = set(load_heads(source).pictures)
-    shared = sum(key in seen for key in image_keys(samples)) if seen else 0
-    if shared:
+    num_shared = sum(key in seen for key in image_keys(samples)) if seen else 0
+    if num_shared:
         raise UsageError(
-            f"{shared} of the {len(samples)} entries show images that {source} was found on: find the heads on "
+            f"{num_shared} of the {len(samples)} entries show images that {source} was found on: find the heads on "
             "others (stage=prepare has exclude=), or write allow_leakage=true"
         )

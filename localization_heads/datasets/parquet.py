@@ -1,8 +1,8 @@
-"""Parquet files within bounds, and benchmarks that come as such files.
+"""Read untrusted Parquet files within memory limits; the base class of benchmarks that are distributed as Parquet.
 
-pyarrow is imported only when a file is opened. Whatever a file claims about itself, in its footer and in the headers of
-its pages, is checked before arrow reserves memory for it. Texts and bytes stay dictionary-coded until their total size
-is known: a cell of a megabyte can stand in a thousand rows and be stored once.
+The sizes that a file claims, in its footer and in its page headers, are checked before Arrow allocates memory for them.
+Strings and bytes stay dictionary-encoded until their total size is known, since a megabyte that is stored once can be
+the value of a thousand rows. pyarrow is imported only when a file is opened.
 """
 
 from __future__ import annotations
@@ -22,40 +22,42 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 10_000_000
 MAX_GROUP_PIXELS = 1 << 31
-"""Of the masks in one row group: a hundred images of twenty million pixels."""
+"""Mask pixels in a row group: a hundred images of twenty megapixels."""
 
-VALUE = 50
-"""Approximate bytes of a Python value: the object, and its place in a list or dict."""
+PYTHON_VALUE_BYTES = 50
+"""Approximate bytes of a Python object, including the reference to it in a list or dict."""
 
-USUAL_HEADER = 1 << 10
-LONGEST_HEADER = 1 << 20
-"""Bytes of a header with its statistics."""
-SLACK = 100
-"""Bytes after a column chunk that arrow reads too, if the file says that an old parquet-mr wrote it (PARQUET-816)."""
+TYPICAL_HEADER_BYTES = 1 << 10
+MAX_HEADER_BYTES = 1 << 20
+"""Bytes of a page header, including its statistics."""
+TRAILING_BYTES = 100
+"""Bytes after a column chunk that Arrow also reads if the file claims to be from an old parquet-mr (PARQUET-816)."""
 
-_UNPACKED, _PACKED = 2, 3
-"""Fields of a header: the size of the page unpacked, and as it is stored."""
-_DEEPEST = 8
-_LAST_FIELD = 0x7FFF
+_UNCOMPRESSED_SIZE, _COMPRESSED_SIZE = 2, 3
+"""Thrift field ids in a page header."""
+_MAX_DEPTH = 8
+_MAX_FIELD = 0x7FFF
 
 
-BATCH = 16
-_SPLITS = {"validation": "val", **{name: name for name in ("val", "train", "testA", "testB", "test")}}
+BATCH_SIZE = 16
+_SPLIT_NAMES = {"validation": "val", **{name: name for name in ("val", "train", "testA", "testB", "test")}}
 
 
 @contextmanager
-def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
-    """A parquet file whose row groups are within bounds. UsageError, naming it, for anything else."""
+def open_parquet(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file after checking that its row groups are within limits. UsageError, naming it, if not."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         metadata = pq.read_metadata(path)
-        leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
-        coded = [
-            leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and _top(leaf.path) in columns
+        leaf_columns = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+        dictionary_columns = [
+            leaf.path
+            for leaf in leaf_columns
+            if leaf.physical_type == "BYTE_ARRAY" and _top_level_column(leaf.path) in columns
         ]
-        with pq.ParquetFile(path, metadata=metadata, read_dictionary=coded) as file:
+        with pq.ParquetFile(path, metadata=metadata, read_dictionary=dictionary_columns) as file:
             _check_bounds(path, file, columns)
             yield file
     except (pa.ArrowException, OSError, MemoryError, UnreadablePageError) as error:
@@ -63,31 +65,31 @@ def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns at the top level."""
-    with opened(path, ()) as file:
+    """The names of the top-level columns."""
+    with open_parquet(path, ()) as file:
         return list(file.schema_arrow.names)
 
 
-def num_rows(path: Path) -> int:
-    with opened(path, ()) as file:
+def count_rows(path: Path) -> int:
+    with open_parquet(path, ()) as file:
         return int(file.metadata.num_rows)
 
 
-def num_values(path: Path, column: str) -> int:
-    """How many values a column of nested lists holds in all."""
-    with opened(path, (column,)) as file:
+def count_values(path: Path, column: str) -> int:
+    """The number of values in a column of nested lists, at the innermost level."""
+    with open_parquet(path, (column,)) as file:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        return sum(chunk.num_values for chunk in chunks if _top(chunk.path_in_schema) == column)
+        return sum(chunk.num_values for chunk in chunks if _top_level_column(chunk.path_in_schema) == column)
 
 
-def _top(path_in_schema: str) -> str:
-    """The column at the top level that a column of the file belongs to."""
+def _top_level_column(path_in_schema: str) -> str:
+    """The top-level column that a leaf column belongs to."""
     return path_in_schema.split(".")[0]
 
 
-def _allowance(path: Path) -> int:
-    """Bytes that reading a file may take."""
+def _memory_limit(path: Path) -> int:
+    """Bytes of memory that reading a file may use."""
     return 8 * path.stat().st_size + (64 << 20)
 
 
@@ -98,164 +100,164 @@ def _check_bounds(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> N
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(i) for i in range(group.num_columns)]
-        chunks = [chunk for chunk in chunks if _top(chunk.path_in_schema) in columns]
+        chunks = [chunk for chunk in chunks if _top_level_column(chunk.path_in_schema) in columns]
         if any(chunk.physical_type == "FIXED_LEN_BYTE_ARRAY" for chunk in chunks):
             raise UsageError(f"{path}: a column is of an unknown type")
         if any(min(chunk.num_values, chunk.total_uncompressed_size) < 0 for chunk in chunks):
             raise UsageError(f"{path}: row group {number} has sizes below 0")
         pixels = sum(chunk.num_values for chunk in chunks if chunk.physical_type == "BOOLEAN")
         values = sum(chunk.num_values for chunk in chunks if chunk.physical_type != "BOOLEAN")
-        built = sum(chunk.total_uncompressed_size for chunk in chunks) + 16 * values
-        if max(built, _claimed_by_pages(path, chunks)) > _allowance(path) or pixels > MAX_GROUP_PIXELS:
+        memory = sum(chunk.total_uncompressed_size for chunk in chunks) + 16 * values
+        if max(memory, _declared_page_bytes(path, chunks)) > _memory_limit(path) or pixels > MAX_GROUP_PIXELS:
             raise UsageError(f"{path}: row group {number} holds far more than the file")
 
 
-def _claimed_by_pages(path: Path, chunks: Sequence[pq.ColumnChunkMetaData]) -> int:
-    """Bytes that the pages of some column chunks say they unpack to, which may be more than the footer says."""
-    claimed = 0
+def _declared_page_bytes(path: Path, chunks: Sequence[pq.ColumnChunkMetaData]) -> int:
+    """The total uncompressed size that the page headers declare, which may exceed what the footer declares."""
+    total = 0
     with path.open("rb") as file:
         for chunk in chunks:
-            if not chunk.num_values:  # arrow reads no page of it
+            if not chunk.num_values:  # Arrow reads no page of it
                 continue
             start = min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
-            claimed += sum(unpacked_sizes(file, start, chunk.total_compressed_size))
-    return claimed
+            total += sum(page_sizes(file, start, chunk.total_compressed_size))
+    return total
 
 
-def _unfolded(array: Any) -> int:
-    """Approximate bytes of an arrow array as Python values."""
+def _python_bytes(array: Any) -> int:
+    """Approximate bytes of an Arrow array once it is converted to Python objects."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    own = VALUE * len(array)
+    own_bytes = PYTHON_VALUE_BYTES * len(array)
     if pa.types.is_dictionary(array.type):
         lengths = pc.binary_length(array.dictionary).take(array.indices)
-        return own + (pc.sum(lengths).as_py() or 0)
+        return own_bytes + (pc.sum(lengths).as_py() or 0)
     if pa.types.is_struct(array.type):
-        return own + sum(map(_unfolded, array.flatten()))
+        return own_bytes + sum(map(_python_bytes, array.flatten()))
     if pa.types.is_boolean(array.type):
-        return len(array)  # pixels: they never become Python's
+        return len(array)  # mask pixels are never converted to Python objects
     if pa.types.is_nested(array.type):
-        return own + _unfolded(array.flatten())
-    return own
+        return own_bytes + _python_bytes(array.flatten())
+    return own_bytes
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every row of some small columns, as plain values."""
-    with opened(path, columns) as file:
-        left = _allowance(path)
+    """Yield every row as a dict of Python values, for small columns."""
+    with open_parquet(path, columns) as file:
+        remaining = _memory_limit(path)
         for number in range(file.metadata.num_row_groups):
-            for batch in _batches(file, number, columns, 4096):
-                left -= _unfolded(batch.to_struct_array())
-                if left < 0:
+            for batch in _iterate_batches(file, number, columns, 4096):
+                remaining -= _python_bytes(batch.to_struct_array())
+                if remaining < 0:
                     raise UsageError(f"{path}: its rows hold far more than the file")
                 yield from batch.to_pylist()
 
 
-def _batches(
+def _iterate_batches(
     file: pq.ParquetFile, row_group: int, columns: Sequence[str], batch_size: int
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of one row group: arrow has no dictionary-coded texts in lists that span two."""
+    """Batches of one row group, because Arrow does not support lists of dictionary-encoded strings across two."""
     yield from file.iter_batches(batch_size, row_groups=[row_group], columns=list(columns))
 
 
-def read_rows(
-    path: Path, columns: Sequence[str], rows: Sequence[int], batch_size: int = BATCH
+def read_row_batches(
+    path: Path, columns: Sequence[str], rows: Sequence[int], batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """These rows, which ascend, each as a batch of one; row groups that hold none of them are not read."""
-    with opened(path, columns) as file:
-        first, wanted = 0, iter(rows)
-        row = next(wanted, None)
+    """Yield each of `rows`, in ascending order, as a batch of one row. Row groups without any of them are not read."""
+    with open_parquet(path, columns) as file:
+        first, requested = 0, iter(rows)
+        row = next(requested, None)
         for number in range(file.metadata.num_row_groups):
             end = first + file.metadata.row_group(number).num_rows
-            at = first
+            batch_start = first
             if row is not None and row < end:
-                for batch in _batches(file, number, columns, batch_size):
-                    if _unfolded(batch.to_struct_array()) > _allowance(path):
+                for batch in _iterate_batches(file, number, columns, batch_size):
+                    if _python_bytes(batch.to_struct_array()) > _memory_limit(path):
                         raise UsageError(f"{path}: its rows hold far more than the file")
-                    while row is not None and row < at + batch.num_rows:
-                        yield row, batch.slice(row - at, 1)
-                        row = next(wanted, None)
-                    at += batch.num_rows
+                    while row is not None and row < batch_start + batch.num_rows:
+                        yield row, batch.slice(row - batch_start, 1)
+                        row = next(requested, None)
+                    batch_start += batch.num_rows
                     if row is None or row >= end:
                         break
             first = end
 
 
 class UnreadablePageError(ValueError):
-    """There is no page header where one should be, or it is longer than `LONGEST_HEADER`."""
+    """There is no valid page header of at most `MAX_HEADER_BYTES` where one should be."""
 
 
-def unpacked_sizes(file: BinaryIO, start: int, length: int) -> Iterator[int]:
-    """The bytes that each page of a column chunk claims to unpack to.
+def page_sizes(file: BinaryIO, start: int, length: int) -> Iterator[int]:
+    """Yield the uncompressed size that each page header of a column chunk declares.
 
     Args:
-        start: where the first page of the chunk begins.
-        length: bytes of the chunk. A page in the `SLACK` behind it counts if there is one.
+        start: offset of the first page.
+        length: bytes of the chunk. A page in the `TRAILING_BYTES` after it is included if there is one.
 
     Raises:
-        UnreadablePageError: no header can be read where a page of the chunk begins.
+        UnreadablePageError: a page of the chunk has no valid header.
     """
     end = start + length
-    while start < end + SLACK:
+    while start < end + TRAILING_BYTES:
         try:
-            header, unpacked, packed = _read_header(file, start)
+            header, uncompressed, compressed = _read_page_header(file, start)
         except UnreadablePageError:
             if start < end:
                 raise
             return
-        yield unpacked
-        start += header + packed
+        yield uncompressed
+        start += header + compressed
 
 
-def _read_header(file: BinaryIO, start: int) -> tuple[int, int, int]:
-    """Bytes of the header at `start`, of its page unpacked, and of its page as stored."""
-    for most in (USUAL_HEADER, LONGEST_HEADER):
+def _read_page_header(file: BinaryIO, start: int) -> tuple[int, int, int]:
+    """The size of the page header at `start`, and the page's uncompressed and compressed size."""
+    for num_bytes in (TYPICAL_HEADER_BYTES, MAX_HEADER_BYTES):
         file.seek(start)
-        header = _Header(file.read(most))
+        header = _PageHeader(file.read(num_bytes))
         try:
-            numbers = header.numbers()
+            integers = header.integers()
         except IndexError:
             continue
-        unpacked, packed = numbers.get(_UNPACKED, -1), numbers.get(_PACKED, -1)
-        if 0 <= unpacked < 1 << 31 and 0 <= packed < 1 << 31:
-            return header.place, unpacked, packed
+        uncompressed, compressed = integers.get(_UNCOMPRESSED_SIZE, -1), integers.get(_COMPRESSED_SIZE, -1)
+        if 0 <= uncompressed < 1 << 31 and 0 <= compressed < 1 << 31:
+            return header.position, uncompressed, compressed
         break
     raise UnreadablePageError("a page without a readable header")
 
 
-class _Header:
-    """A Thrift struct in compact protocol, of the kinds of fields that page headers have. IndexError if it is cut."""
+class _PageHeader:
+    """Parser for a Thrift struct (compact protocol) with the field types of page headers. IndexError if truncated."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
-        self.place = 0
+        self.position = 0
 
-    def numbers(self, depth: int = 0) -> dict[int, int]:
-        """The 32-bit numbers of the struct at `place`, by field; whatever else it holds is skipped."""
-        numbers: dict[int, int] = {}
+    def integers(self, depth: int = 0) -> dict[int, int]:
+        """The 32-bit integers of the struct at `position`, by field id; other fields are skipped."""
+        integers: dict[int, int] = {}
         field = 0
         while kind := (byte := self._byte()) & 15:  # 0 ends the struct
             field += byte >> 4
-            if not byte >> 4 or field > _LAST_FIELD or depth > _DEEPEST:
+            if not byte >> 4 or field > _MAX_FIELD or depth > _MAX_DEPTH:
                 raise UnreadablePageError("a page header in an unknown form")
             if kind == 5:
                 value = self._varint()
-                numbers[field] = (value >> 1) ^ -(value & 1)
+                integers[field] = (value >> 1) ^ -(value & 1)
             elif kind in (4, 6):
                 self._varint()
             elif kind == 8:
                 length = self._varint()
-                self.place += length
+                self.position += length
             elif kind == 12:
-                self.numbers(depth + 1)
-            elif kind not in (1, 2):  # true and false have no bytes of their own
+                self.integers(depth + 1)
+            elif kind not in (1, 2):  # booleans are encoded in the field type
                 raise UnreadablePageError("a page header in an unknown form")
-        return numbers
+        return integers
 
     def _byte(self) -> int:
-        self.place += 1
-        return self.content[self.place - 1]
+        self.position += 1
+        return self.content[self.position - 1]
 
     def _varint(self) -> int:
         value = 0
@@ -268,61 +270,66 @@ class _Header:
 
 
 class ParquetSource(Source):
-    """Rows of several files, counted through in the order of the files' names."""
+    """A benchmark in Parquet files; rows are numbered across the files, which are sorted by name."""
 
     index_columns: tuple[str, ...]
     record_columns: tuple[str, ...]
-    batch_size = BATCH
+    batch_size = BATCH_SIZE
 
     def __init__(self, files: Sequence[Path]) -> None:
         super().__init__(sorted(files))
 
     @classmethod
     def columns(cls) -> set[str]:
-        """The columns by which such a file is recognised."""
+        """The columns by which the format is recognised."""
         return {*cls.index_columns, *cls.record_columns}
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The split and the index columns of every row."""
+    def iterate_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the split and the index columns of every row."""
         for file in self.files:
-            split = self.split(file)
+            split = self.file_split(file)
             for values in read_columns(file, self.index_columns):
                 yield split, values
 
-    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The record columns of these rows, each as a batch of one."""
+    def read_rows(self, rows: Sequence[int]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield the record columns of some rows, each as a batch of one row."""
         first = 0
         for file in self.files:
-            end = first + num_rows(file)
-            here = [row - first for row in rows if first <= row < end]
-            for row, batch in read_rows(file, self.record_columns, here, self.batch_size) if here else ():
-                yield first + row, batch
+            end = first + count_rows(file)
+            local_rows = [row - first for row in rows if first <= row < end]
+            if local_rows:
+                for row, batch in read_row_batches(file, self.record_columns, local_rows, self.batch_size):
+                    yield first + row, batch
             first = end
 
     def row_split(self, values: tuple[str, dict[str, Any]]) -> str:
         return values[0]
 
-    def split(self, file: Path) -> str:
-        return split_of(file)
+    def file_split(self, file: Path) -> str:
+        return split_from_path(file)
 
 
-def split_of(path: Path) -> str:
-    """The split from a file's name or from its folder's, as Hugging Face names them.
+def split_from_path(path: Path) -> str:
+    """The split according to the name of a file or of its folder, as on Hugging Face.
 
-    >>> split_of(Path("data/validation-00000-of-00001.parquet")), split_of(Path("default/testA/0000.parquet"))
-    ('val', 'testA')
+    >>> split_from_path(Path("data/validation-00000-of-00001.parquet"))
+    'val'
+    >>> split_from_path(Path("default/testA/0000.parquet"))
+    'testA'
     """
     for name in (path.name, path.parent.name):
-        found = {_SPLITS[word] for word in re.split(r"[^A-Za-z]+", name) if word in _SPLITS}
+        found = {_SPLIT_NAMES[word] for word in re.split(r"[^A-Za-z]+", name) if word in _SPLIT_NAMES}
         if len(found) == 1:
             return found.pop()
         if found:
             break
-    raise UsageError(f"{path}: its name does not tell its split; name it as in val-00000-of-00001.parquet")
+    raise UsageError(
+        f"{path}: its name does not contain its split; rename it as in val-00000-of-00001.parquet"
+    )
 
 
-def image_cell(value: object) -> bytes:
-    """The bytes in a column of images, which is `{"bytes", "path"}`. Raises BadLineError."""
+def image_bytes(value: object) -> bytes:
+    """The bytes in a cell of an image column, `{"bytes", "path"}`. Raises BadLineError."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes) or not content:
         raise BadLineError("the image's bytes are not in the file")
