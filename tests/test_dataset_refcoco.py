@@ -158,7 +158,7 @@ def test_a_files_name_tells_its_split(name, split):
 
 def test_a_name_that_tells_no_split_is_refused():
     for name in ("0000.parquet", "train-val.parquet", "val/train-test.parquet", "x/0000.parquet"):
-        with pytest.raises(UsageError, match="does not tell its split"):
+        with pytest.raises(UsageError, match="does not contain its split"):
             parquet.split_from_path(Path(name))
 
 

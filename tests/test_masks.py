@@ -119,7 +119,7 @@ def test_masks_of_several_objects_are_one():
     assert (read_mask(together, (6, 4)) == expected).all()
     assert (read_mask(encode_mask_source(together, (6, 4)), (6, 4)) == expected).all()
     for count in (0, 101):
-        with pytest.raises(MaskError, match=f"{count} masks: from 1 to 100"):
+        with pytest.raises(MaskError, match=f"{count} masks: an expression has 1 to 100"):
             merge_masks([left] * count)
     with pytest.raises(MaskError, match="is 6 x 4 pixels, its image 5 x 4"):
         read_mask(together, (5, 4))

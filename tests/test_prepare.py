@@ -220,7 +220,7 @@ def test_reasonseg_parquet_is_written(front):
     mask[5:9, 7:20] = True
     save_rows(Path("ReasonSeg_val/data/test-00000-of-00001.parquet"), [ricky_row("x", "why?", mask)], RICKY)
     result = prepared(front, dataset="reasonseg", path="ReasonSeg_val")
-    assert result.status == 0 and "do not tell the regions that LISA ignores" in result.err
+    assert result.status == 0 and "do not mark the regions that LISA ignores" in result.err
     (line,) = lines("reasonseg-parquet-val.jsonl")
     assert line["bbox"] == [7.0, 5.0, 20.0, 9.0]
     np.testing.assert_array_equal(read_mask(line["mask"], (64, 48)), mask)

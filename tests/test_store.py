@@ -295,7 +295,7 @@ def test_a_change_of_format_that_was_cut_short_is_noticed(before, after, kept, t
 @pytest.mark.parametrize(
     ("grid", "box", "said"),
     [
-        ((4, 5), (0.0, 0.0, 640.0, 480.0), "square grids alone, and this one is 5 x 4"),
+        ((4, 5), (0.0, 0.0, 640.0, 480.0), "only square grids, and this one is 5 x 4"),
         ((4, 4), (0.0, 0.0, 640.0, 480.0), "these maps cover 0 0 640 480 of 640 x 480 pixels"),
     ],
 )
@@ -358,7 +358,7 @@ def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_i
 @pytest.mark.parametrize(
     ("tensor", "metadata", "said"),
     [
-        (torch.zeros(2, 3, 1, 15), {}, "no square grid"),
+        (torch.zeros(2, 3, 1, 15), {}, "not a square grid"),
         (torch.zeros(6), {}, "must be"),
         ([torch.zeros(3, 1, 16), torch.zeros(2, 1, 16)], {}, "differ in shape"),
         (torch.full((2, 3, 1, 16), float("nan")), {}, "NaN"),
@@ -442,14 +442,14 @@ def test_predictions_come_back(tmp_path):
         ("{}", "'bbox' is missing"),
         ("[1]", "not a JSON object"),
         ('{"id": "a", "bbox": [1, 2]}', "not enough values"),
-        ('{"id": "a", "bbox": 5}', "wrong kind"),
+        ('{"id": "a", "bbox": 5}', "wrong type"),
         ('{"id": "a", "bbox": ["1", 2, 3, 4]}', "'1' is not a number"),
         ('{"id": "a", "bbox": [1e999, 2, 3, 4]}', "too large a number"),
-        ('{"id": "a", "bbox": [1' + "0" * 400 + ", 2, 3, 4]}", "wrong kind"),
+        ('{"id": "a", "bbox": [1' + "0" * 400 + ", 2, 3, 4]}", "wrong type"),
         ('{"id": "a", "bbox": null, "score": NaN}', "NaN"),
         ('{"id": 5, "bbox": null}', "'id', 'error' and 'heads_from' must be text"),
         ('{"id": "a", "bbox": null, "error": [1]}', "'id', 'error' and 'heads_from' must be text"),
-        ('{"id": "a", "bbox": null, "heads": [1]}', "wrong kind"),
+        ('{"id": "a", "bbox": null, "heads": [1]}', "wrong type"),
         ('{"id": "a", "bbox": null, "mask": [[1, 2]]}', "'mask' must be COCO RLE"),
         ('{"id": "a", "bbox": null, "mask": {"counts": "0"}}', "'size' must be"),
         ('{"id": "a", "bbox": null, "mask": {"size": [1000000, 1000000], "counts": "0"}}', "over the limit"),
