@@ -220,7 +220,7 @@ class ReasonSegParquet(ParquetSource):
         )
 
     def index(self) -> Index:
-        """List all expressions. UsageError, without reading masks, if they have far more values than the images pixels."""
+        """List all expressions. UsageError, without reading masks, if these are far larger than their images."""
         for file in self.files:
             rows = read_columns(file, ("img_height", "img_width"))
             pixels = sum(max(1, (row["img_height"] or 0) * (row["img_width"] or 0)) for row in rows)
