@@ -17,7 +17,14 @@ from localization_heads.data.masks import read_mask
 from localization_heads.options.stage_groups import ScenesOptions
 from localization_heads.scenes import artwork, write
 from localization_heads.scenes.artwork import HELD_OUT_STYLE, NAMES, STYLES
-from localization_heads.scenes.expressions import RELATIONS, Phrase, Thing, absent, meant_by, plural
+from localization_heads.scenes.expressions import (
+    RELATIONS,
+    Phrase,
+    Thing,
+    draw_absent_expression,
+    draw_plural_expression,
+    find_referents,
+)
 from localization_heads.scenes.scene import (
     TEST_SEEDS,
     TRAIN_SEEDS,
@@ -135,12 +142,12 @@ def thing(name, x=0.5, y=0.5, colour="plain", size="big"):
 )
 def test_what_a_phrase_could_mean(phrase, meant):
     things = [thing("dog", 0.1, 0.50), thing("dog", 0.6, 0.52, "red"), thing("pizza", 0.6, 0.8, "red")]
-    assert meant_by(phrase, things) == meant
+    assert find_referents(phrase, things) == meant
 
 
 def test_a_plain_red_thing_makes_red_ambiguous():
-    assert "red" in artwork.looks("noto", "strawberry")
-    assert "red" not in artwork.looks("noto", "panda")
+    assert "red" in artwork.perceived_colours("noto", "strawberry")
+    assert "red" not in artwork.perceived_colours("noto", "panda")
 
 
 def test_fixed_sets_repeat_and_splits_never_meet():
@@ -196,7 +203,7 @@ OTHER_DOG = Thing("dog", "plain", "big", (0.5, 0.9), frozenset({"orange", "gray"
 
 
 def texts_of(things: list[Thing], draws: int = 400) -> set[str]:
-    found = {absent(things, Random(seed)) for seed in range(draws)}
+    found = {draw_absent_expression(things, Random(seed)) for seed in range(draws)}
     return {one.text.removeprefix("the ") for one in found if one.kind != "name"}
 
 
@@ -221,7 +228,7 @@ def test_what_may_be_so_is_not_absent() -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_names_that_are_absent_are_not_there(seed: int) -> None:
     things = render_scene(2**41 + seed, size=32).things
-    found = absent(things, Random(seed))
+    found = draw_absent_expression(things, Random(seed))
     said = found.text.removeprefix("the ").split()
     if found.kind == "name":
         assert not any(thing.name in said for thing in things)
@@ -234,19 +241,23 @@ def test_plurals_by_hand() -> None:
     texts = {
         found.text: found.targets
         for seed in range(200)
-        if (found := plural([DOG, CAT, OTHER_DOG], Random(seed)))
+        if (found := draw_plural_expression([DOG, CAT, OTHER_DOG], Random(seed)))
     }
     assert texts == {"the dogs": (0, 2), "the animals": (0, 1, 2)}
-    assert plural([DOG, Thing("bus", "blue", "big", (0.8, 0.5), frozenset({"blue"}))], Random(0)) is None
+    assert (
+        draw_plural_expression([DOG, Thing("bus", "blue", "big", (0.8, 0.5), frozenset({"blue"}))], Random(0))
+        is None
+    )
 
 
 def test_a_colour_that_might_fit_another_has_no_plural() -> None:
     red = [DOG, Thing("bus", "red", "big", (0.8, 0.5), frozenset({"red"}))]
     assert (
-        plural(red, Random(0)) == plural(red, Random(1)) and plural(red, Random(0)).text == "the red things"
+        draw_plural_expression(red, Random(0)) == draw_plural_expression(red, Random(1))
+        and draw_plural_expression(red, Random(0)).text == "the red things"
     )
     maybe = Thing("key", "plain", "small", (0.5, 0.1), frozenset({"red"}))
-    assert plural([*red, maybe], Random(0)) is None
+    assert draw_plural_expression([*red, maybe], Random(0)) is None
 
 
 def test_smaller_objects() -> None:
@@ -262,7 +273,7 @@ def lines(tmp_path: Path, **options: object) -> list[dict]:
     chosen = ScenesOptions(count=24, size=64, folder=str(tmp_path), **options)
     folder = write.scenes_folder(chosen)
     folder.mkdir(parents=True)
-    write._write(chosen, folder, folder / "scenes.jsonl")
+    write._write_benchmark(chosen, folder, folder / "scenes.jsonl")
     return [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
 
 

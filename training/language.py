@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from localization_heads.scenes.artwork import NAMES, PALETTE, VOCABULARY
-from localization_heads.scenes.expressions import PLACES, RELATIONS, USES, Expression, absent
+from localization_heads.scenes.expressions import PLACES, RELATIONS, USES, Expression, draw_absent_expression
 from localization_heads.scenes.scene import Scene
 
 SYSTEM = (
@@ -177,7 +177,7 @@ def presence_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     """Ask whether an expression refers to something in the image: as often yes as no."""
     if scene.expressions and rng.random() < 0.5:
         return f"is there {rng.choice(scene.expressions).text} ?", "yes"
-    return f"is there {absent(scene.things, rng).text} ?", "no"
+    return f"is there {draw_absent_expression(scene.things, rng).text} ?", "no"
 
 
 def _where_turn(scene: Scene, rng: Random) -> tuple[str, str]:

@@ -1,6 +1,6 @@
-"""The artwork of the synthetic scenes: emoji sprites in four styles, tints, backgrounds.
+"""Artwork for the synthetic scenes: emoji sprites in four styles, tints, backgrounds.
 
-Licences are in `sprites/NOTICE.md`. All randomness comes from a `random.Random`, so a seed decides everything.
+Licences are in `sprites/NOTICE.md`. All randomness comes from a `random.Random`, so a seed determines everything.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 SPRITES = Path(__file__).parent / "sprites"
 STYLES = ("noto", "twemoji", "fluent")
 HELD_OUT_STYLE = "openmoji"
-CELL, COLUMNS = 160, 10  # layout of an atlas: pixels a sprite, sprites a row
+CELL, COLUMNS = 160, 10  # layout of an atlas: pixels per sprite, sprites per row
 PALETTE = {
     "red": (225, 30, 30), "green": (30, 170, 50), "blue": (40, 80, 230), "yellow": (240, 210, 20),
     "purple": (150, 40, 190), "orange": (245, 130, 10), "pink": (250, 120, 190), "gray": (128, 128, 128),
 }  # fmt: skip
-# Colours without a name of their own in expressions; they keep brown or white things from being "orange".
+# Colours that expressions never name; without them, brown or white objects would count as "orange".
 OTHER_COLOURS = ((0, 0, 0), (255, 255, 255), (120, 70, 30), (250, 220, 190), (150, 220, 250))
 PHOTOS = ("brick", "grass", "gravel", "coffee", "hubble_deep_field")
 
@@ -36,26 +36,26 @@ NAMES = tuple(VOCABULARY)
 
 
 @lru_cache
-def _atlas(style: str) -> dict[str, Image.Image]:
-    """Every name's RGBA sprite in one style, cropped to what it draws (longer side CELL pixels).
+def _load_sprites(style: str) -> dict[str, Image.Image]:
+    """The RGBA sprites of a style by name, cropped to their visible pixels (at most CELL x CELL pixels).
 
-    `style` is one of the package's, or the path of another atlas without its ending (the styles that are there to
-    learn from only). Names that it does not draw are borrowed from the first style.
+    `style` is one of the package's, or the path of another atlas without its extension (styles that are used for
+    training only). Names that the atlas lacks are taken from the first style.
     """
-    sheet = Image.open(SPRITES / f"{style}.webp").convert("RGBA")  # a path of its own replaces the folder
+    atlas = Image.open(SPRITES / f"{style}.webp").convert("RGBA")  # an absolute path replaces the folder
     sprites = {}
     for index, name in enumerate(NAMES):
         left, top = index % COLUMNS * CELL, index // COLUMNS * CELL
-        cell = sheet.crop((left, top, left + CELL, top + CELL))
+        cell = atlas.crop((left, top, left + CELL, top + CELL))
         drawn = cell.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
-        sprites[name] = cell.crop(drawn) if drawn else _atlas(STYLES[0])[name]
+        sprites[name] = cell.crop(drawn) if drawn else _load_sprites(STYLES[0])[name]
     return sprites
 
 
 @lru_cache
-def _outlined(style: str, name: str) -> Image.Image:
-    """The sprite with dark strokes around it and along its inner edges (an augmentation for training)."""
-    sprite = _atlas(style)[name]
+def _outlined_sprite(style: str, name: str) -> Image.Image:
+    """The sprite with a dark outline and dark inner edges (an augmentation for training)."""
+    sprite = _load_sprites(style)[name]
     alpha = sprite.getchannel("A")
     inner = sprite.convert("L").filter(ImageFilter.GaussianBlur(1.5)).filter(ImageFilter.FIND_EDGES)
     inner = inner.point(lambda edge: 255 * (edge > 22)).filter(ImageFilter.MaxFilter(5))
@@ -65,24 +65,24 @@ def _outlined(style: str, name: str) -> Image.Image:
 
 
 def sprite_shape(style: str, name: str) -> tuple[float, float]:
-    """Width and height of a sprite; the longer one is 1."""
-    width, height = _atlas(style)[name].size
+    """Width and height of a sprite, scaled so that the longer one is 1."""
+    width, height = _load_sprites(style)[name].size
     return width / max(width, height), height / max(width, height)
 
 
 @lru_cache(maxsize=4096)
-def _halved(style: str, name: str, outlined: bool, angle: int, times: int) -> Image.Image:
-    """The sprite at CELL / 2**times pixels: small objects are scaled from a small image, which is faster."""
-    if times:
-        return _halved(style, name, outlined, angle, times - 1).reduce(2)
-    sprite = _outlined(style, name) if outlined else _atlas(style)[name]
-    return _turned(sprite, angle) if angle else sprite
+def _reduced_sprite(style: str, name: str, outlined: bool, angle: int, halvings: int) -> Image.Image:
+    """The sprite at CELL / 2**halvings pixels, from which small objects are scaled faster."""
+    if halvings:
+        return _reduced_sprite(style, name, outlined, angle, halvings - 1).reduce(2)
+    sprite = _outlined_sprite(style, name) if outlined else _load_sprites(style)[name]
+    return _rotate_sprite(sprite, angle) if angle else sprite
 
 
-def _turned(sprite: Image.Image, angle: int) -> Image.Image:
-    """The sprite turned by some degrees, cropped to what it draws."""
-    turned = sprite.rotate(angle, Image.Resampling.BILINEAR, expand=True)
-    return turned.crop(turned.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
+def _rotate_sprite(sprite: Image.Image, angle: int) -> Image.Image:
+    """Rotate a sprite by `angle` degrees and crop it to its visible pixels."""
+    rotated = sprite.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    return rotated.crop(rotated.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
 
 
 @lru_cache(maxsize=8192)
@@ -91,17 +91,17 @@ def sprite_pixels(
 ) -> np.ndarray:
     """The sprite at a given size in pixels, uint8 (height, width, 4), read-only.
 
-    `outlined` and turns by an `angle` in degrees are for training; the turned sprite fills the same size.
+    `outlined` and `angle`, in degrees, are for training; a rotated sprite is scaled to the same size.
     """
-    times = min(3, max(0, int(np.log2(CELL / max(width, height)))))
-    sprite = _halved(style, name, outlined, angle, times)
+    halvings = min(3, max(0, int(np.log2(CELL / max(width, height)))))
+    sprite = _reduced_sprite(style, name, outlined, angle, halvings)
     return np.asarray(sprite.resize((width, height), Image.Resampling.BICUBIC))
 
 
 @lru_cache
-def looks(style: str, name: str) -> frozenset[str]:
-    """The palette colours a person might call the untinted sprite by: those of 15 % or more of its pixels."""
-    pixels = np.asarray(_atlas(style)[name].resize((24, 24))).reshape(-1, 4)
+def perceived_colours(style: str, name: str) -> frozenset[str]:
+    """The palette colours that might describe the untinted sprite: those of 15 % or more of its pixels."""
+    pixels = np.asarray(_load_sprites(style)[name].resize((24, 24))).reshape(-1, 4)
     rgb = pixels[pixels[:, 3] > 127, :3].astype(float)
     references = np.array([*PALETTE.values(), *OTHER_COLOURS], float)
     nearest = ((rgb[:, None] - references) ** 2).sum(-1).argmin(1)
@@ -110,23 +110,23 @@ def looks(style: str, name: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=256)
-def _tint_table(colour: str, step: int) -> np.ndarray:
-    """Luminance (256) -> RGB of the tint at one of five brightnesses, uint16."""
-    rgb = np.array(PALETTE[colour]) * (0.86 + 0.07 * step)
+def _tint_table(colour: str, brightness: int) -> np.ndarray:
+    """Lookup table from luminance to the RGB of a tint at one of five brightness levels, uint16 (256, 3)."""
+    rgb = np.array(PALETTE[colour]) * (0.86 + 0.07 * brightness)
     luminance = np.arange(256)[:, None] / 255
     dark, light = rgb * 2 * luminance, rgb + (255 - rgb) * (2 * luminance - 1) * 0.8
     return np.where(luminance < 0.5, dark, light).clip(0, 255).astype(np.uint16)
 
 
-def tint(pixels: np.ndarray, colour: str, step: int) -> np.ndarray:
-    """Recolour RGB(A) pixels (h, w, 3+): luminance decides the shade, a fifth of the old colour stays."""
+def tint(pixels: np.ndarray, colour: str, brightness: int) -> np.ndarray:
+    """Recolour RGB(A) pixels (h, w, 3+): luminance determines the shade, and a fifth of the old colour is kept."""
     rgb = pixels[..., :3].astype(np.uint16)
     luminance = (rgb[..., 0] * 77 + rgb[..., 1] * 151 + rgb[..., 2] * 28) >> 8
-    return np.asarray((_tint_table(colour, step)[luminance] * 205 + rgb * 51) >> 8, dtype=np.uint8)
+    return np.asarray((_tint_table(colour, brightness)[luminance] * 205 + rgb * 51) >> 8, dtype=np.uint8)
 
 
 @lru_cache
-def _photo(name: str) -> Image.Image:
+def _load_photo(name: str) -> Image.Image:
     return Image.open(SPRITES / f"{name}.jpg").convert("RGB")
 
 
@@ -135,15 +135,15 @@ def _random_colour(rng: Random) -> tuple[int, int, int]:
 
 
 def _noise_background(rng: Random, size: int, cells: int) -> Image.Image:
-    """Smooth blobs of colour: a tiny random image, enlarged and faded towards a random colour."""
+    """Smooth blobs of colour: a tiny random image, enlarged and blended with a random colour."""
     blobs = Image.frombytes("RGB", (cells, cells), rng.randbytes(3 * cells * cells))
     base = Image.new("RGB", (cells, cells), _random_colour(rng))
     return Image.blend(base, blobs, rng.uniform(0.1, 0.7)).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _photo_background(rng: Random, size: int) -> Image.Image:
-    """A random crop of a photo, with its colours shifted and its contrast lowered at random."""
-    photo = _photo(rng.choice(PHOTOS))
+    """A random crop of a photo, blended with a random colour."""
+    photo = _load_photo(rng.choice(PHOTOS))
     side = rng.uniform(0.3, 1.0) * photo.width
     left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.width - side)
     crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
@@ -151,7 +151,7 @@ def _photo_background(rng: Random, size: int) -> Image.Image:
 
 
 def draw_background(rng: Random, size: int) -> Image.Image:
-    """Plain, gradient, blobs of colour or part of a photo: an RGB image of size x size pixels."""
+    """A random background of size x size pixels, RGB: plain, gradient, blobs of colour or part of a photo."""
     kind = rng.choices(("plain", "gradient", "noise", "photo"), (0.2, 0.1, 0.4, 0.3))[0]
     if kind == "plain":
         return Image.new("RGB", (size, size), _random_colour(rng))
@@ -161,7 +161,7 @@ def draw_background(rng: Random, size: int) -> Image.Image:
 
 
 def draw_clutter(rng: Random, image: Image.Image) -> None:
-    """Draw three to ten small nameless shapes on the background, in place."""
+    """Draw three to ten small shapes, which no expression refers to, on the background, in place."""
     draw, size = ImageDraw.Draw(image), image.width
     for _ in range(rng.randint(3, 10)):
         x, y, width = rng.random() * size, rng.random() * size, rng.uniform(0.02, 0.12) * size

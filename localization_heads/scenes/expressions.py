@@ -1,10 +1,10 @@
-"""Referring expressions for the synthetic scenes, each checked to refer to what it should; questions about the object.
+"""Generate referring expressions for the synthetic scenes, and questions about the objects they refer to.
 
-An expression is a noun (a name, a kind, a property, "thing") and at most one modifier (place, size, colour,
-relation). `meant_by` lists the objects that a phrase could refer to; only phrases with a single one are used, or, where
-that is asked for, with none or several. An expression with no target is as close to the scene as can be told for
-certain: an object that is not there, a colour that no object of that name has, a place or a relation that the only
-object of that name does not have.
+An expression is a noun (a name, a kind, a property, "thing") and at most one modifier (place, size, colour, relation).
+`find_referents` lists the objects that a phrase could refer to. Only phrases with exactly one referent are used, or, as
+in generalized referring expression comprehension, those with none or several. An expression without a target is a hard
+negative: an object that is not in the scene, a colour that no object of that name has, or a place or relation that the
+only object of that name does not have.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from localization_heads.scenes.artwork import NAMES, PALETTE, VOCABULARY
 
-MARGIN = 0.08  # two centres closer than this share of the image's side are neither left nor right
+MARGIN = 0.08  # in sides of the image: closer centres are neither left nor right of each other
 PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # word -> axis, sign
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 USES = {"food": "eat", "vehicle": "ride", "clothing": "wear", "instrument": "play"}
-# How often the benchmark asks for each kind of expression, where a scene offers it.
+# How often each kind of expression is drawn, among those that a scene offers.
 KIND_WEIGHTS = {
     "name": 0.30, "place": 0.15, "colour": 0.15, "size": 0.10, "kind": 0.10, "property": 0.10, "relation": 0.10,
 }  # fmt: skip
@@ -29,7 +29,7 @@ KIND_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Expression:
-    """A phrase that refers to one object of a scene, and the answer (colour, size, name) that describes it."""
+    """An expression that refers to one object of a scene, and the answer (colour, size, name) that describes it."""
 
     kind: str  # name, place, size, colour, kind, property or relation
     text: str  # without the final full stop
@@ -38,19 +38,19 @@ class Expression:
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """The objects that it refers to: this one."""
+        """The object as a tuple, as in `GeneralizedExpression`."""
         return (self.object_index,)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """The properties of an object that expressions use; the centre is relative to the image's sides."""
+    """The attributes of an object that expressions are made of; the centre is in sides of the image."""
 
     name: str
     colour: str  # a tint, or "plain"
     size_word: str  # "small" or "big"
     centre: tuple[float, float]  # x, y
-    colours: frozenset[str]  # every colour word that could fit
+    colours: frozenset[str]  # every colour word that could describe it
 
     @property
     def kind(self) -> str:
@@ -63,53 +63,57 @@ class Thing:
 
 @dataclass(frozen=True)
 class Phrase:
-    """Noun `(attribute of Thing, value)` and modifier `(kind, word[, name of the other object])`."""
+    """A noun `(attribute of Thing, value)` and a modifier `(kind, word[, name of the other object])`."""
 
     noun: tuple[str, str]
     modifier: tuple[str, ...] = ()
 
 
-def meant_by(phrase: Phrase, things: Sequence[Thing]) -> list[int]:
+def find_referents(phrase: Phrase, things: Sequence[Thing]) -> list[int]:
     """Indices of the objects that a phrase could refer to."""
     attribute, value = phrase.noun
-    found = [i for i, thing in enumerate(things) if attribute == "any" or getattr(thing, attribute) == value]
+    candidates = [
+        i for i, thing in enumerate(things) if attribute == "any" or getattr(thing, attribute) == value
+    ]
     match phrase.modifier:
         case ("place", word):
-            return _at_place(found, things, *PLACES[word])
+            return _filter_by_place(candidates, things, *PLACES[word])
         case ("size", word):
-            return [i for i in found if things[i].size_word == word]
+            return [i for i in candidates if things[i].size_word == word]
         case ("colour", word):
-            return [i for i in found if word in things[i].colours]
+            return [i for i in candidates if word in things[i].colours]
         case ("relation", word, other):
-            return _in_relation(found, things, *RELATIONS[word], other)
-    return found
+            return _filter_by_relation(candidates, things, *RELATIONS[word], other)
+    return candidates
 
 
-def _at_place(found: list[int], things: Sequence[Thing], axis: int, sign: int) -> list[int]:
-    """The outermost of several candidates; a single one must lie in that half of the image."""
-    offset = {i: sign * things[i].centre[axis] for i in found}
-    if len(found) == 1:
-        return [i for i in found if offset[i] > sign * 0.5 + MARGIN]
-    return [i for i in found if offset[i] > max(offset.values()) - MARGIN]
+def _filter_by_place(candidates: list[int], things: Sequence[Thing], axis: int, sign: int) -> list[int]:
+    """The outermost of several candidates; a single candidate must be in that half of the image."""
+    offset = {i: sign * things[i].centre[axis] for i in candidates}
+    if len(candidates) == 1:
+        return [i for i in candidates if offset[i] > sign * 0.5 + MARGIN]
+    return [i for i in candidates if offset[i] > max(offset.values()) - MARGIN]
 
 
-def _in_relation(found: list[int], things: Sequence[Thing], axis: int, sign: int, other: str) -> list[int]:
-    """Candidates that lie on the given side of the one other object of that name, mostly along that axis."""
+def _filter_by_relation(
+    candidates: list[int], things: Sequence[Thing], axis: int, sign: int, other: str
+) -> list[int]:
+    """Candidates on the given side of the only object named `other`, mostly along that axis."""
     anchors = [thing for thing in things if thing.name == other]
     if len(anchors) != 1:
         return []
     (anchor,) = anchors
 
-    def clearness(thing: Thing) -> float:
+    def clearance(thing: Thing) -> float:
         along = sign * (thing.centre[axis] - anchor.centre[axis])
         return along - abs(thing.centre[1 - axis] - anchor.centre[1 - axis]) / 2
 
-    possible = [i for i in found if clearness(things[i]) > -MARGIN]
-    return [i for i in possible if len(possible) > 1 or clearness(things[i]) > MARGIN]
+    plausible = [i for i in candidates if clearance(things[i]) > -MARGIN]
+    return [i for i in plausible if len(plausible) > 1 or clearance(things[i]) > MARGIN]
 
 
-def _phrases(index: int, things: Sequence[Thing]) -> Iterator[tuple[str, Phrase]]:
-    """(kind of expression, phrase) candidates for one object; not yet checked."""
+def _candidate_phrases(index: int, things: Sequence[Thing]) -> Iterator[tuple[str, Phrase]]:
+    """Yield (kind of expression, phrase) for an object, not yet checked to be unambiguous."""
     thing = things[index]
     name = ("name", thing.name)
     yield "name", Phrase(name)
@@ -136,13 +140,13 @@ def _noun_text(phrase: Phrase, kind: str, rng: Random) -> str:
     return value
 
 
-def say(phrase: Phrase, rng: Random, kind: str = "thing") -> str:
-    """One of the ways to say a phrase, of an object of that kind."""
+def verbalize(phrase: Phrase, rng: Random, kind: str = "thing") -> str:
+    """A random wording of a phrase; `kind` is that of the object."""
     noun = _noun_text(phrase, kind, rng)
     match phrase.modifier:
         case ("place", word):
-            said = f"{noun} {'at' if word in ('top', 'bottom') else 'on'} the {word}"
-            return f"the {rng.choice((f'{word} {noun}', said))}"
+            postmodified = f"{noun} {'at' if word in ('top', 'bottom') else 'on'} the {word}"
+            return f"the {rng.choice((f'{word} {noun}', postmodified))}"
         case ("relation", word, other):
             return f"the {noun} {word} the {other}"
         case (_, word):
@@ -152,34 +156,34 @@ def say(phrase: Phrase, rng: Random, kind: str = "thing") -> str:
     return f"{rng.choice(('the ', 'the ', ''))}{noun}"
 
 
-def describe(thing: Thing, phrase: Phrase) -> str:
-    """The answer: colour, size and name; if the expression names the colour, it begins with what was left out."""
+def describe_object(thing: Thing, phrase: Phrase) -> str:
+    """The answer: colour, size and name; if the expression names the colour, the rest comes first."""
     colour, size, name = thing.colour, thing.size_word, thing.name
     if phrase.modifier[:1] != ("colour",):
         return f"{colour} {size} {name}"
     return f"{size} {colour} {name}" if phrase.noun[0] == "name" else f"{name} {size} {colour}"
 
 
-def refer(things: Sequence[Thing], rng: Random) -> tuple[Expression, ...]:
-    """Every unambiguous expression of a scene, each in one of its wordings."""
+def generate_expressions(things: Sequence[Thing], rng: Random) -> tuple[Expression, ...]:
+    """All unambiguous expressions for a scene, each in a random wording."""
     expressions = []
     for index, thing in enumerate(things):
-        for kind, phrase in _phrases(index, things):
-            if meant_by(phrase, things) == [index]:
-                text = say(phrase, rng, thing.kind)
-                expressions.append(Expression(kind, text, describe(thing, phrase), index))
+        for kind, phrase in _candidate_phrases(index, things):
+            if find_referents(phrase, things) == [index]:
+                text = verbalize(phrase, rng, thing.kind)
+                expressions.append(Expression(kind, text, describe_object(thing, phrase), index))
     return tuple(expressions)
 
 
-def pick(expressions: Sequence[Expression], rng: Random) -> Expression:
-    """One expression, its kind drawn with KIND_WEIGHTS from the kinds available."""
+def draw_expression(expressions: Sequence[Expression], rng: Random) -> Expression:
+    """Draw an expression; its kind is drawn with KIND_WEIGHTS among those available."""
     kinds = [kind for kind in KIND_WEIGHTS if any(e.kind == kind for e in expressions)]
     kind = rng.choices(kinds, [KIND_WEIGHTS[k] for k in kinds])[0]
     return rng.choice([e for e in expressions if e.kind == kind])
 
 
 ABSENT_WEIGHTS = {"name": 0.4, "colour": 0.2, "place": 0.2, "relation": 0.2}
-"""How often each kind of expression with no target is drawn, where a scene offers it."""
+"""How often each kind of expression without a target is drawn, among those that a scene offers."""
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top",
             "left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # fmt: skip
 PLURALS = {"bus": "buses", "grapes": "grapes", "scissors": "scissors", "glasses": "glasses", "cactus": "cacti",
@@ -189,11 +193,11 @@ PLURALS = {"bus": "buses", "grapes": "grapes", "scissors": "scissors", "glasses"
 
 
 @dataclass(frozen=True)
-class ManyTargets:
-    """An expression with the objects that it refers to: none, or two or more.
+class GeneralizedExpression:
+    """An expression that refers to no object, or to two or more.
 
     Args:
-        kind: as of `Expression`; of an expression with no target, what is wrong with it.
+        kind: as in `Expression`; without targets, the attribute that no object has.
         targets: indices of the objects.
     """
 
@@ -202,65 +206,65 @@ class ManyTargets:
     targets: tuple[int, ...] = ()
 
 
-def absent(things: Sequence[Thing], rng: Random) -> ManyTargets:
-    """An expression that refers to nothing in the scene, its kind drawn with ABSENT_WEIGHTS."""
-    found = list(_absent_phrases(things, rng))
-    kinds = [kind for kind in ABSENT_WEIGHTS if any(kind == other for other, _ in found)]
+def draw_absent_expression(things: Sequence[Thing], rng: Random) -> GeneralizedExpression:
+    """Draw an expression that refers to nothing in the scene; its kind is drawn with ABSENT_WEIGHTS."""
+    candidates = list(_absent_phrases(things, rng))
+    kinds = [kind for kind in ABSENT_WEIGHTS if any(kind == other for other, _ in candidates)]
     kind = rng.choices(kinds, [ABSENT_WEIGHTS[kind] for kind in kinds])[0]
-    phrase = rng.choice([phrase for other, phrase in found if other == kind])
-    return ManyTargets(kind, say(phrase, rng))
+    phrase = rng.choice([phrase for other, phrase in candidates if other == kind])
+    return GeneralizedExpression(kind, verbalize(phrase, rng))
 
 
 def _absent_phrases(things: Sequence[Thing], rng: Random) -> Iterator[tuple[str, Phrase]]:
-    """What is wrong, and the phrase. Every one is certain: no object is a borderline case of it."""
+    """Yield (kind, phrase) for phrases without a referent, not even a borderline one."""
     names = Counter(thing.name for thing in things)
     yield "name", Phrase(("name", rng.choice([name for name in NAMES if name not in names])))
     for name, count in names.items():
         noun = ("name", name)
         for colour in PALETTE:
-            if not meant_by(Phrase(noun, ("colour", colour)), things):
+            if not find_referents(Phrase(noun, ("colour", colour)), things):
                 yield "colour", Phrase(noun, ("colour", colour))
         if count > 1:
             continue
-        (one,) = (thing for thing in things if thing.name == name)
+        (single,) = (thing for thing in things if thing.name == name)
         for word, (axis, sign) in PLACES.items():
-            if sign * (one.centre[axis] - 0.5) < -MARGIN:
+            if sign * (single.centre[axis] - 0.5) < -MARGIN:
                 yield "place", Phrase(noun, ("place", word))
         for other in names:
             for word in RELATIONS if other != name and names[other] == 1 else ():
-                if meant_by(Phrase(noun, ("relation", OPPOSITE[word], other)), things):
+                if find_referents(Phrase(noun, ("relation", OPPOSITE[word], other)), things):
                     yield "relation", Phrase(noun, ("relation", word, other))
 
 
-def plural(things: Sequence[Thing], rng: Random) -> ManyTargets | None:
-    """An expression for two objects or more ("the dogs", "the red things", "the animals"); None if none fits.
+def draw_plural_expression(things: Sequence[Thing], rng: Random) -> GeneralizedExpression | None:
+    """Draw an expression for two or more objects ("the dogs", "the red things", "the animals"); None if there is none.
 
-    Colours are those that the objects certainly have; what could be of that colour is never left out.
+    A colour is used only if every object that could be described by it certainly has it.
     """
-    found = [one for one in _plurals(things) if len(one.targets) > 1]
-    if not found:
+    candidates = [plural for plural in _plural_expressions(things) if len(plural.targets) > 1]
+    if not candidates:
         return None
-    kind = rng.choice(sorted({one.kind for one in found}))
-    return rng.choice([one for one in found if one.kind == kind])
+    kind = rng.choice(sorted({plural.kind for plural in candidates}))
+    return rng.choice([plural for plural in candidates if plural.kind == kind])
 
 
-def _plurals(things: Sequence[Thing]) -> Iterator[ManyTargets]:
+def _plural_expressions(things: Sequence[Thing]) -> Iterator[GeneralizedExpression]:
+    def make(kind: str, text: str, phrase: Phrase) -> GeneralizedExpression:
+        return GeneralizedExpression(kind, text, tuple(find_referents(phrase, things)))
+
     for name in dict.fromkeys(thing.name for thing in things):
-        yield _all(things, "name", f"the {pluralised(name)}", Phrase(("name", name)))
+        yield make("name", f"the {pluralize(name)}", Phrase(("name", name)))
     for kind in dict.fromkeys(thing.kind for thing in things):
-        yield _all(things, "kind", f"the {pluralised(kind)}", Phrase(("kind", kind)))
+        yield make("kind", f"the {pluralize(kind)}", Phrase(("kind", kind)))
     for colour in PALETTE:
         if all(thing.colour == colour for thing in things if colour in thing.colours):
-            yield _all(things, "colour", f"the {colour} things", Phrase(("any", ""), ("colour", colour)))
+            yield make("colour", f"the {colour} things", Phrase(("any", ""), ("colour", colour)))
 
 
-def _all(things: Sequence[Thing], kind: str, text: str, phrase: Phrase) -> ManyTargets:
-    return ManyTargets(kind, text, tuple(meant_by(phrase, things)))
+def pluralize(noun: str) -> str:
+    """The plural of a name or kind.
 
-
-def pluralised(noun: str) -> str:
-    """
-    >>> pluralised("dog"), pluralised("bus"), pluralised("fish")
+    >>> pluralize("dog"), pluralize("bus"), pluralize("fish")
     ('dogs', 'buses', 'fish')
     """
     return PLURALS.get(noun, f"{noun}s")
@@ -270,10 +274,10 @@ SIZES = ("small", "big")
 
 
 class Question(NamedTuple):
-    """A question about an image with its known answer.
+    """A question about an image, and its answer.
 
     Args:
-        kind: `description` (the expression by itself), `colour`, `size` or `name`.
+        kind: `description` (the expression alone), `colour`, `size` or `name`.
     """
 
     kind: str
@@ -282,9 +286,9 @@ class Question(NamedTuple):
 
 
 def make_questions(expression: str, answer: str) -> tuple[Question, ...]:
-    """What can be asked about the object of an expression, of which `answer` says colour, size and name.
+    """Questions about the object of an expression, whose `answer` gives colour, size and name.
 
-    What the expression itself says is not asked. An answer of another form is asked as a description alone.
+    Attributes that the expression mentions are not asked for. Any other form of answer gives only a description.
 
     >>> for question in make_questions("the dog on the left", "red small dog"):
     ...     print(question.kind, "|", question.text, "|", question.answer)
@@ -292,19 +296,19 @@ def make_questions(expression: str, answer: str) -> tuple[Question, ...]:
     colour | what colour is the dog on the left ? | red
     size | how big is the dog on the left ? | small
     """
-    found = [Question("description", expression, answer)]
+    questions = [Question("description", expression, answer)]
     words = answer.split()
     colour = next((word for word in words if word in (*PALETTE, "plain")), None)
     size = next((word for word in words if word in SIZES), None)
     name = next((word for word in words if word in NAMES), None)
     if len(words) != 3 or colour is None or size is None or name is None:
-        return tuple(found)
-    said = expression.split()
-    phrase = expression if said[0] in ("the", "something") else f"the {expression}"
-    if colour not in said:
-        found.append(Question("colour", f"what colour is {phrase} ?", colour))
-    if size not in said:
-        found.append(Question("size", f"how big is {phrase} ?", size))
-    if name not in said:
-        found.append(Question("name", f"what is {phrase} ?", name))
-    return tuple(found)
+        return tuple(questions)
+    expression_words = expression.split()
+    phrase = expression if expression_words[0] in ("the", "something") else f"the {expression}"
+    if colour not in expression_words:
+        questions.append(Question("colour", f"what colour is {phrase} ?", colour))
+    if size not in expression_words:
+        questions.append(Question("size", f"how big is {phrase} ?", size))
+    if name not in expression_words:
+        questions.append(Question("name", f"what is {phrase} ?", name))
+    return tuple(questions)

@@ -1,6 +1,6 @@
-"""The synthetic benchmark on disk: `stage=scenes` writes it; `data=scenes` uses it, and writes it if it is missing.
+"""Write the synthetic benchmark to disk: `stage=scenes`, and `data=scenes` if it does not exist yet.
 
-So are scenes of two objects with an expression that does not say which is meant, for heads that are steered.
+Steering heads is tested on other scenes, written here too: two objects and an expression that fits both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from localization_heads.attention import Box
 from localization_heads.cells import tight_box
 from localization_heads.data.masks import encode_mask
 from localization_heads.options.stage_groups import ScenesOptions
-from localization_heads.scenes.expressions import Expression, ManyTargets, absent, pick, plural
+from localization_heads.scenes.expressions import (
+    Expression,
+    GeneralizedExpression,
+    draw_absent_expression,
+    draw_expression,
+    draw_plural_expression,
+)
 from localization_heads.scenes.scene import (
     SMALL,
     TEST_SEEDS,
@@ -39,17 +45,17 @@ SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEE
 
 
 def write_scenes(options: ScenesOptions) -> Path:
-    """Render the benchmark and write its data file; returns that file. What is there already is kept."""
+    """Render the benchmark, unless it exists, and return its data file."""
     folder = scenes_folder(options)
     data_file = folder / "scenes.jsonl"
     with RunLock(folder):
         if not data_file.is_file():  # written last, so that its presence means that all is there
-            _write(options, folder, data_file)
+            _write_benchmark(options, folder, data_file)
     return data_file
 
 
 def scenes_folder(options: ScenesOptions) -> Path:
-    """One folder a benchmark, named after everything that it depends on."""
+    """The folder of a benchmark, named after everything that determines it."""
     parts = (
         options.split,
         options.style or "mixed",
@@ -64,10 +70,10 @@ def scenes_folder(options: ScenesOptions) -> Path:
     return Path(options.folder) / "-".join(map(str, parts))
 
 
-def _write(options: ScenesOptions, folder: Path, data_file: Path) -> None:
+def _write_benchmark(options: ScenesOptions, folder: Path, data_file: Path) -> None:
     if options.frames > 1:
-        return _write_lines(data_file, _write_moving(options, folder))
-    samples = islice(_samples(options), options.count)
+        return _write_lines(data_file, _video_entries(options, folder))
+    samples = islice(_draw_samples(options), options.count)
     progress = tqdm(samples, total=options.count, desc="scenes", unit="scene", disable=None)
     entries = (
         write_scene(folder, number, scene, expression, options.height)
@@ -80,8 +86,8 @@ def _write_lines(data_file: Path, entries: Iterable[dict[str, Any]]) -> None:
     write_bytes(data_file, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
-def _write_moving(options: ScenesOptions, folder: Path) -> Iterator[dict[str, Any]]:
-    """An entry a frame, with one expression for all frames of a scene, and the scene's name as their `picture`."""
+def _video_entries(options: ScenesOptions, folder: Path) -> Iterator[dict[str, Any]]:
+    """Write scenes as videos and yield an entry per frame. A scene has one expression, and its name as `picture`."""
     start = SPLITS[options.split].start + options.seed * 2**20
     written = 0
     for seed in range(start, start + 2**20):
@@ -93,7 +99,7 @@ def _write_moving(options: ScenesOptions, folder: Path) -> Iterator[dict[str, An
         first = next(frames)
         if not first.expressions:
             continue
-        expression = pick(first.expressions, Random(seed + 1))
+        expression = draw_expression(first.expressions, Random(seed + 1))
         name = f"scene_{written:05d}"
         for number, scene in enumerate(chain([first], frames)):
             entry = write_scene(folder, f"{name}_f{number:03d}", scene, expression)
@@ -101,44 +107,44 @@ def _write_moving(options: ScenesOptions, folder: Path) -> Iterator[dict[str, An
         written += 1
 
 
-def _samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | ManyTargets]]:
-    """Scenes with one expression each; without `absent` and `targets` those of `scene_samples`."""
+def _draw_samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | GeneralizedExpression]]:
+    """Yield scenes with one expression each; with default options, those of `scene_samples`."""
     seeds = SPLITS[options.split]
     for scene, seed in iterate_scenes(
         options.seed, options.style, options.size, seeds, smallest=options.smallest
     ):
         if Random(seed + 2).random() < options.absent:
-            yield scene, absent(scene.things, Random(seed + 3))
-        elif options.targets == "all" and (found := plural(scene.things, Random(seed + 4))):
+            yield scene, draw_absent_expression(scene.things, Random(seed + 3))
+        elif options.targets == "all" and (found := draw_plural_expression(scene.things, Random(seed + 4))):
             yield scene, found
         elif options.targets == "one" and scene.expressions:
-            yield scene, pick(scene.expressions, Random(seed + 1))
+            yield scene, draw_expression(scene.expressions, Random(seed + 1))
 
 
 def write_scene(
     folder: Path,
     number: int | str,
     scene: Scene,
-    expression: Expression | ManyTargets,
+    expression: Expression | GeneralizedExpression,
     height: int | None = None,
 ) -> dict[str, Any]:
-    """Write a scene's image; returns the line of the data file, with the true box and mask, or boxes, or none.
+    """Write a scene's image, and return its entry for the data file with the ground truth.
 
     Args:
         number: of the scene, or the id of its entry.
-        height: rows to keep, the object's among them; None keeps the whole image.
+        height: crop the image to this many rows, which include the target; None keeps all rows.
     """
     id = number if isinstance(number, str) else f"scene_{number:05d}"
     targets = [scene.objects[index] for index in expression.targets]
-    around = united([target.box for target in targets]) or (0.0, 0.0, 1.0, 1.0)
-    rows = crop_rows(around, scene.image.shape[0], height, seed=number if isinstance(number, int) else 0)
-    _save(folder, id, scene.image[rows])
+    target_box = enclosing_box([target.box for target in targets]) or (0.0, 0.0, 1.0, 1.0)
+    rows = crop_rows(target_box, scene.image.shape[0], height, seed=number if isinstance(number, int) else 0)
+    _save_image(folder, id, scene.image[rows])
     entry: dict[str, Any] = {"id": id, "prompt": expression.text, "image_path": f"{id}.png"}
     if not targets:
         return {**entry, "bbox": None, "absent": True, "kind": expression.kind}
-    if isinstance(expression, ManyTargets):
+    if isinstance(expression, GeneralizedExpression):
         masks = [target.mask[rows] for target in targets]
-        boxes = [list(box) for mask in masks if (box := tight_box(mask))]  # the crop may have lost one
+        boxes = [list(box) for mask in masks if (box := tight_box(mask))]  # some may be outside the crop
         return {**entry, "bboxes": boxes, "mask": encode_mask(np.any(masks, axis=0)), "kind": expression.kind}
     x0, y0, x1, y1 = targets[0].box
     return {
@@ -150,14 +156,14 @@ def write_scene(
     }
 
 
-def _save(folder: Path, id: str, pixels: np.ndarray) -> None:
+def _save_image(folder: Path, id: str, pixels: np.ndarray) -> None:
     image = BytesIO()
     Image.fromarray(pixels).save(image, "PNG")
     write_bytes(folder / f"{id}.png", image.getvalue())
 
 
-def united(boxes: Sequence[Box]) -> Box | None:
-    """The smallest box that holds all of them."""
+def enclosing_box(boxes: Sequence[Box]) -> Box | None:
+    """The smallest box that contains all boxes; None if there are none."""
     if not boxes:
         return None
     x0, y0, x1, y1 = zip(*boxes, strict=True)
@@ -165,7 +171,7 @@ def united(boxes: Sequence[Box]) -> Box | None:
 
 
 def crop_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
-    """`height` rows, of `size`, with the whole box somewhere in them; the box's middle where it is too high.
+    """Choose `height` of `size` rows at random so that they contain the box, or its middle if the box is taller.
 
     >>> crop_rows((0, 10, 9, 60), 100, 50), crop_rows((0, 0, 9, 100), 100, 50), crop_rows((0, 0, 9, 9), 100, None)
     (slice(10, 60, None), slice(25, 75, None), slice(0, 100, None))
@@ -177,12 +183,12 @@ def crop_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
     return slice(top, top + height)
 
 
-QUESTION = "the thing"
-"""An expression that fits both, which the embedded model answers by describing one of them."""
+AMBIGUOUS_EXPRESSION = "the thing"
+"""Fits both objects; the embedded model answers it by describing one of them."""
 
 
 def write_scene_pairs(options: ScenesOptions) -> Path:
-    """Render the scenes and write their data file; returns that file. What is there already is kept."""
+    """Render scenes of two objects for steering, unless they exist, and return their data file."""
     folder = scenes_folder(options).with_name(f"{scenes_folder(options).name}-pairs")
     data_file = folder / "pairs.jsonl"
     with RunLock(folder):
@@ -193,7 +199,7 @@ def write_scene_pairs(options: ScenesOptions) -> Path:
 
 
 def two_object_scenes(options: ScenesOptions) -> Iterator[Scene]:
-    """Scenes with two objects of different names, endless; the set, split, style and size are those of the options."""
+    """Yield scenes with two objects of different names, without end; set, split, style and size as in the options."""
     start = SPLITS[options.split].start + options.seed * 2**20
     for seed in count(start):
         scene = render_scene(
@@ -210,6 +216,6 @@ def two_object_scenes(options: ScenesOptions) -> Iterator[Scene]:
 
 def _write_pair(folder: Path, number: int, scene: Scene) -> dict[str, Any]:
     id = f"pair_{number:05d}"
-    _save(folder, id, scene.image)
+    _save_image(folder, id, scene.image)
     regions = [{"bbox": list(thing.box), "answer": thing.name} for thing in scene.objects]
-    return {"id": id, "prompt": QUESTION, "image_path": f"{id}.png", "regions": regions}
+    return {"id": id, "prompt": AMBIGUOUS_EXPRESSION, "image_path": f"{id}.png", "regions": regions}
