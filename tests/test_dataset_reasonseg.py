@@ -56,7 +56,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES)
-def test_shapes_are_painted_as_lisa_paints_them(shapes):
+def test_shapes_are_painted_as_in_lisa(shapes):
     shapes = [shape(label, *points) for label, points in shapes]
     target, ignored = paint_shapes(shapes, (64, 48))
     expected = lisa_mask(shapes, (64, 48))
@@ -64,7 +64,7 @@ def test_shapes_are_painted_as_lisa_paints_them(shapes):
     np.testing.assert_array_equal(ignored, expected == 255)
 
 
-def test_any_polygon_is_painted_as_opencv_paints_it():
+def test_random_polygons_are_painted_as_in_opencv():
     """Also beyond the image, where lines are cut."""
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -76,7 +76,7 @@ def test_any_polygon_is_painted_as_opencv_paints_it():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_painting_by_hand():
+def test_paint_shapes_by_hand():
     """A small ignored square on a large target leaves a hole that is neither; outlines belong to a shape."""
     target, ignored = paint_shapes([shape("ignore", *SMALL), shape("target", *BIG)], (64, 48))
     assert target.sum() == 39 * 29 - 11 * 11
@@ -85,13 +85,13 @@ def test_painting_by_hand():
     assert tight_box(np.zeros((3, 3), bool)) is None
 
 
-def test_parts_of_shapes_beyond_the_image_are_cut():
+def test_shapes_are_clipped_to_the_image():
     shapes = [shape(label, *points) for label, points in [*CASES["beyond the image"], ("ignore", SMALL)]]
     whole = paint_shapes(shapes, (64, 48))
     assert whole[0].sum() == 64 * 21 - 11 * 11 and whole[1].sum() == 11 * 11
 
 
-def test_shapes_are_painted_one_at_a_time():
+def test_painting_keeps_one_mask_in_memory():
     """Eighty masks of four megapixels took 320 MB; two are the result."""
     shapes = [shape("target", (0, 0), (1999, 0), (1999, 1999), (n, 1999)) for n in range(80)]
     tracemalloc.start()
@@ -111,7 +111,7 @@ def test_shapes_are_painted_one_at_a_time():
     ],
     ids=["many large shapes", "outlines far beyond", "many points in every row"],
 )
-def test_shapes_that_would_take_minutes_are_refused(shapes):
+def test_expensive_shapes_are_rejected(shapes):
     with pytest.raises(BadLineError, match="far more than an image of 8000 x 8000 pixels needs"):
         paint_shapes(shapes, (8000, 8000))
 
@@ -132,7 +132,7 @@ BAD_SHAPES = {
 
 
 @pytest.mark.parametrize("shapes", BAD_SHAPES.values(), ids=BAD_SHAPES)
-def test_bad_shapes_are_refused(shapes):
+def test_invalid_shapes_are_rejected(shapes):
     with pytest.raises(BadLineError):
         paint_shapes(shapes, (64, 48))
 
@@ -143,7 +143,7 @@ def records(path):
     return index, list(source.records(sorted({one.row for one in index.entries})))
 
 
-def test_lisas_folders_are_read_by_split(tmp_path):
+def test_lisa_folders_are_read_by_split(tmp_path):
     root = tmp_path / "reason_seg" / "ReasonSeg"
     save_lisa(root / "train", "t1", entry(("target", BIG)))
     save_lisa(root / "val", "v1", entry(("target", BIG), ("ignore", SMALL)))
@@ -166,13 +166,13 @@ def test_lisas_folders_are_read_by_split(tmp_path):
     assert records(root / "val")[0].entries == [e._replace(row=n) for n, e in enumerate(index.entries[2:])]
 
 
-def test_files_in_the_windows_encoding_are_read(tmp_path):
+def test_cp1252_files_are_read(tmp_path):
     save_lisa(tmp_path / "val", "a", entry(("target", BIG), text=["what\u2019s wet?"], encoding="cp1252"))
     index, _ = records(tmp_path)
     assert index.entries[0].text == "what\u2019s wet?"
 
 
-def test_a_bad_file_costs_only_itself(tmp_path):
+def test_invalid_file_loses_only_itself(tmp_path):
     folder = tmp_path / "val"
     save_lisa(folder, "good", entry(("target", BIG)))
     (folder / "broken.json").write_text("{")
@@ -190,20 +190,20 @@ def test_a_bad_file_costs_only_itself(tmp_path):
     assert "no such file" in found[3].reason
 
 
-def test_an_empty_target_is_absent(tmp_path):
+def test_empty_target_is_absent(tmp_path):
     save_lisa(tmp_path / "test", "a", entry(("ignore", BIG)))
     _, (found,) = records(tmp_path)
     assert found.absent and found.box is None and found.mask is None and found.ignore.any()
 
 
-def test_one_bad_text_does_not_lose_the_image(tmp_path):
+def test_invalid_text_loses_only_itself(tmp_path):
     save_lisa(tmp_path / "train", "a", entry(("target", BIG), text=["one", " ", "three", 4]))
     index, (found,) = records(tmp_path)
     assert [one.id for one in index.entries] == ["a_sent0", "a_sent2"] and isinstance(found, Record)
     assert [(bad.id, bad.split) for bad in index.failures] == [("a_sent1", "train"), ("a_sent3", "train")]
 
 
-def test_parquet_with_masks_inside(tmp_path):
+def test_parquet_masks_are_read(tmp_path):
     rng = np.random.default_rng(0)
     masks = [rng.random((48, 64)) > 0.5, rng.random((30, 20)) > 0.9, np.zeros((8, 9), bool)]
     rows = [ricky_row(f"img{n}", f"what is {n}?", mask, seed=n) for n, mask in enumerate(masks)]
@@ -222,7 +222,7 @@ def test_parquet_with_masks_inside(tmp_path):
             np.testing.assert_array_equal(record.mask, mask)
 
 
-def test_reasonseg_val_calls_its_split_test_and_is_val(tmp_path):
+def test_parquet_split_is_taken_from_the_repository_name(tmp_path):
     rows = [ricky_row("a", "x", np.ones((4, 4), bool))]
     save_rows(tmp_path / "ReasonSeg_val" / "data" / "test-00000-of-00001.parquet", rows, RICKY)
     index, _ = records(tmp_path / "ReasonSeg_val")
@@ -240,7 +240,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("change", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_costs_only_itself(tmp_path, change):
+def test_invalid_row_loses_only_itself(tmp_path, change):
     good = ricky_row("a", "x", np.ones((4, 4), bool))
     save_rows(tmp_path / "test.parquet", [{**good, **change}, good], RICKY)
     _, (first, second) = records(tmp_path)
@@ -250,14 +250,14 @@ def test_a_bad_row_costs_only_itself(tmp_path, change):
 @pytest.mark.parametrize(
     "change", [{"img_height": 10**9}, {"img_width": 0}, {"img_width": None}, {"text": " "}]
 )
-def test_a_row_of_an_absurd_size_is_not_read(tmp_path, change):
+def test_row_with_an_invalid_size_or_text_is_not_indexed(tmp_path, change):
     good = ricky_row("a", "x", np.ones((4, 4), bool))
     save_rows(tmp_path / "test.parquet", [{**good, **change}, good], RICKY)
     index, _ = records(tmp_path)
     assert [bad.line for bad in index.failures] == [1] and len(index.entries) == 1
 
 
-def test_masks_larger_than_their_images_are_not_read(tmp_path):
+def test_masks_larger_than_their_images_are_rejected(tmp_path):
     """Run lengths make a gigabyte of mask a small file."""
     row = {**ricky_row("a", "x", np.ones((400, 400), bool)), "img_height": 4, "img_width": 4}
     save_rows(tmp_path / "test.parquet", [row], RICKY)
@@ -265,7 +265,7 @@ def test_masks_larger_than_their_images_are_not_read(tmp_path):
         records(tmp_path)
 
 
-def test_nothing_of_it_is_told(tmp_path):
+def test_unrecognised_folder_is_reported(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(UsageError, match="found images"):
         open_source("reasonseg", tmp_path, None)

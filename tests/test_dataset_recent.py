@@ -49,7 +49,7 @@ def read(dataset, path, images=None):
     return index, dict(zip(rows, source.records(rows), strict=True))
 
 
-def test_ref_l4_boxes_are_xywh(tmp_path):
+def test_ref_l4_records(tmp_path):
     index, found = read("ref-l4", save_ref_l4(tmp_path))
     assert [(e.id, e.split, e.picture) for e in index.entries] == [
         ("row0", "val", "coco:20"),
@@ -62,14 +62,14 @@ def test_ref_l4_boxes_are_xywh(tmp_path):
     assert found[1].extra == {"source_id": 2, **category, "is_rewrite": True}
 
 
-def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
+def test_image_name_outside_the_data_set_is_rejected(tmp_path):
     for name in ("../../etc/passwd", "/etc/passwd", "a\\..\\b.jpg", "", None):
         index, found = read("ref-l4", save_ref_l4(tmp_path, file_name=name))
         assert 1 not in found or isinstance(found[1], BadRecord), name
         assert len(index.entries) + len(index.failures) == 3
 
 
-def test_ref_l4_says_where_the_images_belong(tmp_path):
+def test_ref_l4_reports_missing_images(tmp_path):
     (save_ref_l4(tmp_path) / "images").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="images= is missing: name the folder of the images"):
         open_source("ref-l4", tmp_path, None)
@@ -77,7 +77,7 @@ def test_ref_l4_says_where_the_images_belong(tmp_path):
     assert found[0].image.is_file()
 
 
-def test_grefcoco_has_one_target_several_or_none(tmp_path):
+def test_grefcoco_has_zero_one_or_several_targets(tmp_path):
     index, found = read("grefcoco", save_grefcoco(tmp_path))
     assert [(e.id, e.split) for e in index.entries] == [
         ("ref0_sent0", "val"), ("ref1_sent10", "val"), ("ref2_sent20", "val"), ("ref3_sent30", "val"),
@@ -89,16 +89,18 @@ def test_grefcoco_has_one_target_several_or_none(tmp_path):
     expected = read_mask(first.mask, both.size) | read_mask(second.mask, both.size)
     assert (read_mask(both.mask, both.size) == expected).all() and expected.any()
     assert none.absent and not none.boxes and first.mask and not first.absent
-    assert {bad.id for bad in index.bad_of("val")} == {"ref1_sent11", ""} and len(index.bad_of("testA")) == 0
+    assert {bad.id for bad in index.failures_of("val")} == {"ref1_sent11", ""} and len(
+        index.failures_of("testA")
+    ) == 0
 
 
 @pytest.mark.parametrize("ann_id", [None, "7", [], [-1, 7], [7, -1], -2, [True], 1.5, [[7]]])
-def test_targets_that_are_none_are_refused(ann_id):
+def test_invalid_target_ids_are_rejected(ann_id):
     with pytest.raises(BadLineError, match="ann_id must be"):
         target_ids({"ann_id": ann_id})
 
 
-def test_targets_that_contradict_no_target_are_refused():
+def test_contradictory_no_target_is_rejected():
     assert target_ids({"ann_id": -1, "no_target": True}) == []
     for ref in ({"ann_id": [-1], "no_target": False}, {"ann_id": 7, "no_target": True}):
         with pytest.raises(BadLineError, match="contradicts"):
@@ -117,7 +119,7 @@ def test_screenspot_json_boxes_are_xywh(tmp_path, version):
     assert index.entries[0].picture == "screenspot:desktop_3b0ad239.png"
 
 
-def test_screenspot_parquet_boxes_are_shares_of_the_image(tmp_path):
+def test_screenspot_parquet_boxes_are_normalised(tmp_path):
     image = {"bytes": image_bytes((96, 54), 1, "PNG"), "path": None}
     row = {
         "file_name": "a.png", "instruction": "close", "data_type": "icon", "data_source": "ios",
@@ -133,7 +135,7 @@ def test_screenspot_parquet_boxes_are_shares_of_the_image(tmp_path):
     assert isinstance(found[1], BadRecord) and "from 0 to 1" in found[1].reason
 
 
-def test_screenspot_pro_boxes_are_xyxy_in_4k(tmp_path):
+def test_screenspot_pro_boxes_are_xyxy(tmp_path):
     index, found = read("screenspot-pro", save_screenspot_pro(tmp_path))
     assert found[0].box == (3000.0, 2000.0, 3040.0, 2030.0) and found[0].size == (3840, 2160)
     assert (
@@ -144,14 +146,14 @@ def test_screenspot_pro_boxes_are_xyxy_in_4k(tmp_path):
     assert index.entries[0].text == "refresh the file explorer"
 
 
-def test_groundingme_rejections_and_bad_rows(tmp_path):
+def test_groundingme_rejections_are_absent(tmp_path):
     index, found = read("groundingme", save_groundingme(tmp_path))
     assert found[0].box == (10.0, 10.0, 30.0, 25.5) and found[0].size == (64, 48)
     assert found[1].absent and found[1].box is None and found[1].extra["subtask_l1"] == "Rejection"
     assert isinstance(found[3], BadRecord) and [bad.id for bad in index.failures] == ["row2"]
 
 
-def test_finecops_negatives_are_absent_and_name_their_positive(tmp_path):
+def test_finecops_negatives_are_absent(tmp_path):
     index, found = read("finecops-ref", save_finecops(tmp_path))
     assert [entry.picture for entry in index.entries] == [
         "gqa:2370799", "gqa:2370799", "gqa:neg_17", "gqa:2370799",
@@ -163,7 +165,7 @@ def test_finecops_negatives_are_absent_and_name_their_positive(tmp_path):
     assert found[2].image == tmp_path / "final_neg_images" / "neg_17.jpg" and isinstance(found[3], BadRecord)
 
 
-def test_flickr30k_boxes_are_counted_from_one(tmp_path):
+def test_flickr30k_boxes_count_from_one(tmp_path):
     index, found = read("flickr30k", save_flickr30k(tmp_path))
     assert [(entry.id, entry.text) for entry in index.entries] == [
         ("36979_phrase0", "A girl"),
@@ -186,7 +188,7 @@ BAD_XML = {
 
 
 @pytest.mark.parametrize("content", BAD_XML.values(), ids=BAD_XML)
-def test_bad_xml_costs_only_its_image(tmp_path, content):
+def test_invalid_xml_loses_only_its_image(tmp_path, content):
     root = save_flickr30k(tmp_path)
     for part, suffix, text in (
         ("Sentences", "txt", "[/EN#1/people A girl]"),
@@ -201,7 +203,7 @@ def test_bad_xml_costs_only_its_image(tmp_path, content):
 
 
 @pytest.mark.parametrize("dataset", OPENERS)
-def test_what_is_missing_is_named(tmp_path, dataset):
+def test_missing_files_are_reported(tmp_path, dataset):
     with pytest.raises(UsageError, match="dataset_path="):
         open_source(dataset, tmp_path, None)
     with pytest.raises(UsageError):
@@ -209,7 +211,7 @@ def test_what_is_missing_is_named(tmp_path, dataset):
 
 
 @pytest.mark.parametrize("dataset", OPENERS)
-def test_hostile_json_is_refused(tmp_path, dataset):
+def test_hostile_json_is_rejected(tmp_path, dataset):
     root = SAVED[dataset](tmp_path)
     files = [file for file in root.rglob("*.json") if file.name != "instances.json"]
     for content in ('{"a": 1}', "[" * 100_000, "[1, null, [], {}]"):
@@ -223,7 +225,7 @@ def test_hostile_json_is_refused(tmp_path, dataset):
 
 
 @pytest.mark.parametrize("dataset", OPENERS)
-def test_prepare_writes_each_of_them(front, dataset):
+def test_prepare_writes_each_benchmark(front, dataset):
     root = SAVED[dataset](Path("data"))
     images = ("images=data/train2014",) if dataset == "grefcoco" else ()
     result = front.finder("stage=prepare", f"dataset={dataset}", f"dataset_path={root}", *images)
@@ -237,7 +239,7 @@ def test_prepare_writes_each_of_them(front, dataset):
     assert result.status == (1 if dataset in ("grefcoco", "groundingme", "finecops-ref") else 0)
 
 
-def test_evaluate_takes_the_metric_from_the_file(front):
+def test_evaluate_uses_the_protocol_of_the_file(front):
     """One box, several, and none: each of gRefCOCO's kinds."""
     save_grefcoco(Path("data"))
     front.finder(

@@ -61,7 +61,7 @@ def coco_mask(ref):
 
 
 @pytest.mark.parametrize("save", [save_refer, save_jxu], ids=["pickles", "jxu124"])
-def test_both_sources_of_unc_give_cocos_truth(tmp_path, images, save):
+def test_unc_formats_give_coco_ground_truth(tmp_path, images, save):
     refs = world()
     save(tmp_path / "data_of", refs)
     source, index = opened(tmp_path / "data_of", images)
@@ -86,7 +86,7 @@ def test_both_sources_of_unc_give_cocos_truth(tmp_path, images, save):
         np.testing.assert_array_equal(read_mask(written, ref.size), coco_mask(ref))
 
 
-def test_the_sample_world_has_what_it_should_test():
+def test_sample_data_covers_crowds_and_multipart_objects():
     """A crowd of run lengths and an object in two parts, of which a single polygon would be another mask."""
     refs = world()
     assert any(ref.iscrowd for ref in refs)
@@ -96,7 +96,7 @@ def test_the_sample_world_has_what_it_should_test():
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])
-def test_python_2_pickles(protocol):
+def test_python_2_pickles_are_read(protocol):
     """As Python 3's own unpickler reads them."""
     value = [
         world()[2].reference(),
@@ -106,12 +106,12 @@ def test_python_2_pickles(protocol):
     assert (b"U" in content or b"S'" in content) and loads_pickle(content) == pickle.loads(content) == value
 
 
-def test_python_2_byte_strings_are_utf8_or_latin1():
+def test_python_2_strings_are_utf8_or_latin1():
     assert loads_pickle(b"\x80\x02U\x05caf\xc3\xa9.") == "caf\xe9"
     assert loads_pickle(b"\x80\x02U\x04caf\xe9.") == "caf\xe9"
 
 
-def test_lmms_boxes_are_xywh_and_images_come_out(tmp_path):
+def test_lmms_rows_become_records(tmp_path):
     refs = [ref for ref in world() if ref.split != "train"]
     save_lmms(tmp_path, refs, shards=2)
     source, index = opened(tmp_path, None)
@@ -131,7 +131,7 @@ def test_lmms_boxes_are_xywh_and_images_come_out(tmp_path):
     )
 
 
-def test_rows_are_found_in_any_row_group(tmp_path):
+def test_records_are_read_from_any_row_group(tmp_path):
     refs = [Ref(n, n, "val", (f"number {n}",)) for n in range(9)]
     save_lmms(tmp_path, refs)
     source, _ = opened(tmp_path, None)
@@ -152,24 +152,24 @@ def test_rows_are_found_in_any_row_group(tmp_path):
         ("default/validation/0000.parquet", "val"),
     ],
 )
-def test_a_files_name_tells_its_split(name, split):
+def test_split_is_taken_from_the_file_name(name, split):
     assert parquet.split_from_path(Path(name)) == split
 
 
-def test_a_name_that_tells_no_split_is_refused():
+def test_file_name_without_a_split_is_rejected():
     for name in ("0000.parquet", "train-val.parquet", "val/train-test.parquet", "x/0000.parquet"):
         with pytest.raises(UsageError, match="does not contain its split"):
             parquet.split_from_path(Path(name))
 
 
-def test_jxus_test_is_testa_but_not_of_refcocog(tmp_path, images):
+def test_jxu_test_split_is_testa_except_for_refcocog(tmp_path, images):
     save_jxu(tmp_path / "a", [Ref(1, 1, "testA", ("x",))])
     for dataset, split in (("refcoco", "testA"), ("refcoco+", "testA"), ("refcocog", "test")):
         _, index = opened(tmp_path / "a", images, dataset)
         assert [entry.split for entry in index.entries] == [split]
 
 
-def test_the_folder_of_the_data_set_is_found(tmp_path, images):
+def test_dataset_folder_is_found(tmp_path, images):
     """The layout of lichengunc/refer: one folder a data set, images beside them."""
     root = tmp_path / "refer"
     save_refer(root / "refcoco", world(), "google")
@@ -185,7 +185,7 @@ def test_the_folder_of_the_data_set_is_found(tmp_path, images):
 
 
 @pytest.mark.parametrize("names", [("{:012d}.jpg",), ("train2017/{:012d}.jpg",), ("val2017/{:012d}.jpg",)])
-def test_images_of_coco_2017_are_found(tmp_path, images, names):
+def test_coco_2017_images_are_found(tmp_path, images, names):
     save_refer(tmp_path / "r", world()[:1])
     there = tmp_path / "coco" / names[0].format(1)
     there.parent.mkdir(parents=True)
@@ -194,7 +194,7 @@ def test_images_of_coco_2017_are_found(tmp_path, images, names):
     assert all_records(source, index)[0].image == there
 
 
-def test_the_published_counts_add_up():
+def test_official_counts_add_up():
     """References and expressions of whole data sets are published on their own."""
     for dataset, total in {
         "refcoco": Counts(50_000, 142_210),
@@ -220,7 +220,7 @@ BAD_REFS = {
 
 
 @pytest.mark.parametrize("change", BAD_REFS.values(), ids=BAD_REFS)
-def test_a_bad_reference_costs_only_itself(tmp_path, images, change):
+def test_invalid_reference_loses_only_itself(tmp_path, images, change):
     good, bad = world()[0].reference(), {**world()[1].reference(), **change}
     path = save_refer(tmp_path, world())
     path.write_bytes(pickle.dumps([bad, good], 2))
@@ -229,7 +229,7 @@ def test_a_bad_reference_costs_only_itself(tmp_path, images, change):
     assert [entry.line for entry in index.failures] == [1]
 
 
-def test_one_bad_sentence_does_not_lose_its_reference(tmp_path, images):
+def test_invalid_sentence_loses_only_itself(tmp_path, images):
     """As LISA's reader and lmms-eval have it."""
     bad = world()[0].reference()
     bad["sentences"][1] = {"sent_id": 1, "sent": " ", "raw": ""}
@@ -242,11 +242,11 @@ def test_one_bad_sentence_does_not_lose_its_reference(tmp_path, images):
         (1, "ref0_sent1", "train"),
         (1, "ref0_number3", "train"),
     ]
-    assert index.bad_of("val") == [] and len(index.bad_of("train")) == 2
+    assert index.failures_of("val") == [] and len(index.failures_of("train")) == 2
     assert isinstance(all_records(source, index)[0], Record)
 
 
-def test_one_bad_expression_of_lmms_does_not_lose_its_row(tmp_path):
+def test_invalid_lmms_expression_loses_only_itself(tmp_path):
     row = {**lmms_row(world()[0]), "answer": ["left man", "", "man"]}
     save_rows(tmp_path / "val-00000-of-00001.parquet", [row], LMMS)
     _, index = opened(tmp_path, None)
@@ -269,7 +269,7 @@ BAD_ANNOTATIONS = {
 
 
 @pytest.mark.parametrize("bad", BAD_ANNOTATIONS.values(), ids=BAD_ANNOTATIONS)
-def test_a_bad_annotation_costs_only_itself(tmp_path, images, bad):
+def test_invalid_annotation_loses_only_itself(tmp_path, images, bad):
     good = world()[0]
     good.image_id = 2
     save_refer(tmp_path, [bad, good])
@@ -278,7 +278,7 @@ def test_a_bad_annotation_costs_only_itself(tmp_path, images, bad):
     assert isinstance(first, BadRecord) and isinstance(second, Record)
 
 
-def test_annotations_of_other_images_or_none_are_told(tmp_path, images):
+def test_missing_or_mismatched_annotation_is_reported(tmp_path, images):
     path = save_refer(tmp_path, world()[:3])
     refs = [ref.reference() for ref in world()[:3]]
     refs[0]["ann_id"] = 5  # there is none
@@ -290,7 +290,7 @@ def test_annotations_of_other_images_or_none_are_told(tmp_path, images):
     assert "no such annotation" in reasons[0] and "another image" in reasons[1] and "no such" in reasons[2]
 
 
-def test_refs_that_would_run_code_are_refused(tmp_path, images):
+def test_hostile_refs_are_rejected(tmp_path, images):
     path = save_refer(tmp_path, world())
     for content in (b"cos\nsystem\n(S'touch /tmp/x'\ntR.", b"\x80\x02]", b"\x80\x02}.", b"not a pickle", b""):
         path.write_bytes(content)
@@ -298,7 +298,7 @@ def test_refs_that_would_run_code_are_refused(tmp_path, images):
             opened(tmp_path, images)
 
 
-def test_a_refs_bomb_is_refused(tmp_path, images):
+def test_refs_bomb_is_rejected(tmp_path, images):
     """A list of 60 times the same list of 60 times the same list: 13,000,000 values in 500 bytes."""
     levels = b"".join(b"](" + (b"h" + bytes([n])) * 60 + b"eq" + bytes([n + 1]) for n in range(4))
     path = save_refer(tmp_path, world())
@@ -310,7 +310,7 @@ def test_a_refs_bomb_is_refused(tmp_path, images):
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"images": 1}', '{"images": [], "annotations": NaN}', "[" * 10**5]
 )
-def test_broken_instances_are_refused(tmp_path, images, content):
+def test_invalid_instances_are_rejected(tmp_path, images, content):
     save_refer(tmp_path, world())
     (tmp_path / "instances.json").write_text(content)
     source, index = opened(tmp_path, images)
@@ -330,7 +330,7 @@ BAD_JXU = {
 }  # fmt: skip
 
 
-def test_paths_in_parquet_are_not_followed(tmp_path, images):
+def test_file_names_in_parquet_are_not_used(tmp_path, images):
     """`file_name` and `image_path` of a stranger are not used: the image is COCO's of `image_id`."""
     row = {**jxu_row(world()[0]), "file_name": "../../../etc/passwd", "image_path": "/etc/passwd"}
     row["raw_image_info"] = json.dumps({**world()[0].image(), "file_name": "../../../etc/passwd"})
@@ -354,7 +354,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("split", "row_of", "schema", "change"), ROWS)
-def test_a_bad_row_costs_only_itself(tmp_path, images, split, row_of, schema, change):
+def test_invalid_row_loses_only_itself(tmp_path, images, split, row_of, schema, change):
     rows = [{**row_of(world()[0]), **change}, row_of(world()[0])]
     save_rows(tmp_path / f"{split}-00000-of-00001.parquet", rows, schema)
     source, index = opened(tmp_path, images)
@@ -362,14 +362,14 @@ def test_a_bad_row_costs_only_itself(tmp_path, images, split, row_of, schema, ch
     assert isinstance(first, BadRecord) and isinstance(second, Record)
 
 
-def test_lmms_rows_without_expressions_or_image_names_are_told(tmp_path):
+def test_invalid_lmms_row_is_reported(tmp_path):
     rows = [{**lmms_row(world()[0]), **change} for change in ({"answer": []}, {"file_name": "../x.jpg"}, {})]
     save_rows(tmp_path / "val-00000-of-00001.parquet", rows, LMMS)
     _, index = opened(tmp_path, None)
     assert [bad.line for bad in index.failures] == [1, 2] and {entry.row for entry in index.entries} == {2}
 
 
-def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
+def test_parquet_over_the_limits_is_rejected(tmp_path, monkeypatch):
     save_lmms(tmp_path, world())
     source, index = opened(tmp_path, None)
     for name, limit in (("MAX_ROWS", 0), ("_allowance", lambda path: 100)):
@@ -379,7 +379,7 @@ def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
                 all_records(source, index)
 
 
-def test_parquet_with_sizes_below_zero_is_refused(tmp_path):
+def test_parquet_with_negative_sizes_is_rejected(tmp_path):
     """They would make up for the size of another column."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": range(60)}), path, use_dictionary=False, compression="none")
@@ -435,7 +435,7 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
-def test_parquet_that_holds_far_more_than_the_file_is_refused(tmp_path):
+def test_parquet_that_expands_beyond_the_limit_is_rejected(tmp_path):
     files = list(map(str, bombs(tmp_path)))
     done = subprocess.run([sys.executable, "-c", READ_BOMBS, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -454,7 +454,7 @@ def test_parquet_that_holds_far_more_than_the_file_is_refused(tmp_path):
         ({0: b"\x00"}, "without a readable header"),  # a header that ends where it begins
     ],
 )
-def test_a_page_that_lies_about_its_size_is_refused(lie, message, tmp_path):
+def test_page_with_a_false_size_is_rejected(lie, message, tmp_path):
     """The footer is honest; the header of the page does not say 32 MB, in as many bytes."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": [bytes(1 << 25)]}), path, compression="zstd", use_dictionary=False)
@@ -472,7 +472,7 @@ def test_a_page_that_lies_about_its_size_is_refused(lie, message, tmp_path):
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
-def test_every_page_of_a_file_is_followed(version, compression, tmp_path):
+def test_page_sizes_cover_every_page(version, compression, tmp_path):
     path = tmp_path / "a.parquet"
     table = pa.table(
         {"x": [f"{n:09d}" for n in range(20_000)], "y": [[n % 7] * (n % 3) for n in range(20_000)]}
@@ -511,7 +511,7 @@ PAGE = bytes([0x15, 0, 0x15, 100, 0x15, 2, 0])
     ],
     ids=lambda value: value[:12].hex() if isinstance(value, bytes) else str(value),
 )
-def test_page_headers_are_read_in_one_way_or_refused(header, sizes):
+def test_page_headers_are_unambiguous_or_rejected(header, sizes):
     """Two equal pages of one byte each; a header with two readings has none."""
     file = io.BytesIO((header + b"x") * 2 if isinstance(sizes, list) else header)
     length = len(file.getvalue()) or 1
@@ -525,7 +525,7 @@ def test_page_headers_are_read_in_one_way_or_refused(header, sizes):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"dictionary_pagesize_limit": 2000}])
-def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
+def test_nested_strings_round_trip_in_every_encoding(options, tmp_path):
     rows = [
         {"s": [{"raw": f"{n % 700} " * (n % 9), "tokens": ["a", None, "b"] * (n % 3)}] * (n % 4), "t": None}
         for n in range(9000)
@@ -541,14 +541,14 @@ def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"x" * 1000])
-def test_broken_parquet_is_refused(tmp_path, content):
+def test_invalid_parquet_is_rejected(tmp_path, content):
     path = tmp_path / "val-00000-of-00001.parquet"
     path.write_bytes(content)
     with pytest.raises(UsageError, match="not a parquet file"):
         opened(path, None)
 
 
-def test_what_is_there_is_listed_when_nothing_fits(tmp_path, images):
+def test_unrecognised_source_lists_what_is_there(tmp_path, images):
     save_refer(tmp_path / "x", world(), "berkeley")
     save_refer(tmp_path / "x", world(), "google")
     with pytest.raises(UsageError, match=r"refs\(berkeley\)\.p, refs\(google\)\.p"):

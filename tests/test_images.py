@@ -63,7 +63,7 @@ def corner(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
-def test_every_raster_format_is_read(format, tmp_path):
+def test_each_raster_format_loads(format, tmp_path):
     path = tmp_path / "image"
     path.write_bytes(encoded(Image.new("RGB", (5, 3), (200, 30, 40)), format))
     image = load_image(path)
@@ -93,7 +93,7 @@ def test_every_raster_format_is_read(format, tmp_path):
         (Image.fromarray(np.full((2, 2), 100, np.uint16)), "PNG", (0, 0, 0)),
     ],
 )
-def test_every_mode_becomes_rgb(image, format, expected, tmp_path):
+def test_each_mode_converts_to_rgb(image, format, expected, tmp_path):
     path = tmp_path / "image"
     path.write_bytes(encoded(image, format))
     assert corner(load_image(path)) == expected
@@ -101,7 +101,7 @@ def test_every_mode_becomes_rgb(image, format, expected, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "L"])
-def test_a_transparent_colour_becomes_white(mode, tmp_path):
+def test_transparent_colour_is_composited_on_white(mode, tmp_path):
     colour = {"P": 1, "RGB": (9, 9, 9), "L": 9}[mode]
     image = Image.new(mode, (2, 2), colour)
     if mode == "P":
@@ -115,7 +115,7 @@ TURNED = ("JPEG", "PNG", "WEBP", "TIFF", "MPO")
 
 @pytest.mark.parametrize("format", TURNED)
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_images_stand_upright(turn, format, tmp_path):
+def test_exif_orientation_is_applied(turn, format, tmp_path):
     """Their pixels and the size in their header, in every format that says how the camera was held."""
     image = Image.new("RGB", (32, 16), "black")
     image.paste((255, 255, 255), (0, 0, 8, 8))  # the first corner as the camera stored it
@@ -138,7 +138,7 @@ def test_images_stand_upright(turn, format, tmp_path):
         assert load_image(opened).size == upright.shape[::-1]  # it is decoded by now
 
 
-def test_the_size_is_read_without_decoding(tmp_path):
+def test_image_size_does_not_decode(tmp_path):
     """Also of a PNG, whose later chunks Pillow would look for the camera's data in."""
     for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
         content = encoded(Image.effect_noise((64, 64), 90), format)
@@ -148,14 +148,14 @@ def test_the_size_is_read_without_decoding(tmp_path):
         assert image_size(tmp_path / "a") == (64, 64), format
 
 
-def test_broken_camera_data_does_not_lose_the_image(tmp_path):
+def test_malformed_exif_is_ignored(tmp_path):
     exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12garbage"
     (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
     assert load_image(tmp_path / "a.jpg").size == (8, 8)
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_an_animation_the_first_frame_is_taken(format, tmp_path):
+def test_first_frame_of_an_animation_is_loaded(format, tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
     (tmp_path / "a").write_bytes(content)
@@ -163,13 +163,13 @@ def test_of_an_animation_the_first_frame_is_taken(format, tmp_path):
     assert red > 200 > 60 > blue
 
 
-def test_the_image_does_not_share_memory_with_the_one_given():
+def test_loaded_image_is_a_copy():
     image = Image.new("RGB", (2, 2), "red")
     load_image(image).putpixel((0, 0), (0, 0, 0))
     assert corner(image) == (255, 0, 0)
 
 
-def test_the_message_about_a_strange_name_is_one_line():
+def test_error_for_a_strange_file_name_is_one_line():
     for name in ("a\nb\x1b[31m.png", "x" * 100_000):
         with pytest.raises(ImageError) as caught:
             load_image(name)
@@ -177,7 +177,7 @@ def test_the_message_about_a_strange_name_is_one_line():
         assert len(str(caught.value)) < 400
 
 
-def test_a_relative_path_is_tried_against_the_base_too(tmp_path, monkeypatch):
+def test_relative_path_falls_back_to_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sets").mkdir()
     Image.new("RGB", (3, 2)).save("sets/a.png")
@@ -190,7 +190,7 @@ def test_a_relative_path_is_tried_against_the_base_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("size", "said"),
+    ("size", "message"),
     [
         ((30_000, 30_000), "30000 x 30000 = 900 MP, over the limit of 64 MP"),
         ((8001, 8000), "8001 x 8000 = 64.01 MP, over the limit of 64 MP"),
@@ -199,15 +199,15 @@ def test_a_relative_path_is_tried_against_the_base_too(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_huge_images_are_refused_by_their_header(size, said, tmp_path):
+def test_oversized_image_is_rejected_from_its_header(size, message, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png_header(*size))
-    with pytest.raises(ImageError, match=f"^{path}: .*{said}"):
+    with pytest.raises(ImageError, match=f"^{path}: .*{message}"):
         load_image(path)
 
 
 @pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF", "WEBP", "JPEG"])
-def test_the_limit_holds_for_other_formats(format, tmp_path, monkeypatch):
+def test_pixel_limit_applies_to_each_format(format, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)
     image = Image.new("L", (2000, 1000))
     (tmp_path / "a").write_bytes(encoded(image, format))
@@ -215,7 +215,7 @@ def test_the_limit_holds_for_other_formats(format, tmp_path, monkeypatch):
         load_image(tmp_path / "a")
 
 
-def test_the_limit_holds_for_images_in_memory():
+def test_pixel_limit_applies_to_images_in_memory():
     with pytest.raises(ImageError, match="9000 x 8000 = 72 MP"):
         load_image(Image.new("1", (9000, 8000)))
 
@@ -225,7 +225,7 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "the file is empty"),
         (b"hello", "not an image in a known format"),
@@ -242,10 +242,10 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width
         (b"P6 10 10 255\nabc", "broken or cut short"),
     ],
 )
-def test_broken_files_are_refused_in_one_line(content, said, tmp_path):
+def test_invalid_file_gives_a_one_line_error(content, message, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=said) as caught:
+    with pytest.raises(ImageError, match=message) as caught:
         load_image(path)
     assert caught.value.path == str(path)
     assert isinstance(caught.value, UsageError)
@@ -298,7 +298,7 @@ BLOB = overlapping(64_000, 5_000)
         "in a second one",
     ],
 )
-def test_tags_that_hold_the_same_bytes_take_no_memory(content, tmp_path):
+def test_overlapping_tags_are_rejected_without_using_memory(content, tmp_path):
     """5,000 tags of the same 64 KB would be 320 MB, 30,000 of the same 400 KB 12 GB."""
     (tmp_path / "a").write_bytes(content)
     tracemalloc.start()
@@ -311,7 +311,7 @@ def test_tags_that_hold_the_same_bytes_take_no_memory(content, tmp_path):
         tracemalloc.stop()
 
 
-def test_the_tags_of_a_camera_are_read(tmp_path):
+def test_realistic_exif_is_accepted(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x9286] = 6, "maker " * 20, b"x" * 30_000
     exif.get_ifd(0x8769)[0x927C] = b"note" * 1000
@@ -320,19 +320,19 @@ def test_the_tags_of_a_camera_are_read(tmp_path):
         assert load_image(tmp_path / "a").size == image_size(tmp_path / "a") == (16, 32)
 
 
-def test_a_jpeg_of_endless_scans_is_refused(tmp_path):
+def test_jpeg_with_too_many_scans_is_rejected(tmp_path):
     """Each scan is some bytes, and goes over all pixels."""
     content = encoded(Image.new("RGB", (64, 64), (9, 99, 200)), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     thumbnail = (0xE1, b"thumb" + b"\xff\xda" * 200)  # bytes of a segment are no scans
-    for times, said in ((50, None), (200, "a JPEG of more than 100 scans")):
+    for times, message in ((50, None), (200, "a JPEG of more than 100 scans")):
         (tmp_path / "a").write_bytes(
             content[:last] + content[last:-2] * times + b"\xff\xd9" + b"\xff\xda" * 200
         )
-        if said is None:
+        if message is None:
             assert load_image(tmp_path / "a").size == (64, 64)
         else:
-            with pytest.raises(ImageError, match=said):
+            with pytest.raises(ImageError, match=message):
                 load_image(tmp_path / "a")
     (tmp_path / "a").write_bytes(with_segments(thumbnail))
     assert load_image(tmp_path / "a").size == (8, 8)
@@ -346,7 +346,7 @@ def run_length_bmp(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"P3 2001 2000 255\n", "2001 x 2000 = 4.002 MP, over the limit of 4 MP"),
         (b"P6 2001 2000 65535\n", "over the limit of 4 MP"),
@@ -355,10 +355,10 @@ def run_length_bmp(width: int, height: int) -> bytes:
         (b"P6 2001 2000 255\n", "broken or cut short"),  # decoded fast
     ],
 )
-def test_what_is_decoded_slowly_has_a_lower_limit(content, said, tmp_path, monkeypatch):
+def test_slowly_decoded_formats_have_a_lower_limit(content, message, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_SLOW_BYTES", 1 << 20)
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ImageError, match=said):
+    with pytest.raises(ImageError, match=message):
         load_image(tmp_path / "a")
 
 
@@ -366,7 +366,7 @@ def test_what_is_decoded_slowly_has_a_lower_limit(content, said, tmp_path, monke
     "how",
     ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "tiff_lzw", "tiff_adobe_deflate", "group4", "jpeg"],
 )
-def test_damage_anywhere_is_refused_or_read_and_nothing_is_printed(how, tmp_path, capfd):
+def test_corrupted_file_loads_or_raises_and_prints_nothing(how, tmp_path, capfd):
     """libtiff would write to the standard error output past Python, and Pillow would warn."""
     noise = Image.effect_noise((64, 64) if how.islower() else (16, 16), 90)
     options = {"format": "TIFF", "compression": how} if how.islower() else {"format": how}
@@ -384,7 +384,7 @@ def test_damage_anywhere_is_refused_or_read_and_nothing_is_printed(how, tmp_path
     assert capfd.readouterr() == ("", "")
 
 
-def test_warnings_are_put_back_whoever_ends_first():
+def test_overlapping_threads_restore_warning_filters():
     """Two threads that overlap: the filters are as they were, and Pillow is quiet as long as one reads."""
     before = list(warnings.filters)
     first, second = quiet_decoders(), quiet_decoders()
@@ -397,16 +397,16 @@ def test_warnings_are_put_back_whoever_ends_first():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("no.png", "no such file"), ("", "is a folder"), ("a\0b", "not the name"), ("x" * 300, "too long")],
 )
-def test_what_is_no_file_is_refused(name, said, tmp_path):
-    with pytest.raises(ImageError, match=said):
+def test_missing_file_or_folder_is_rejected(name, message, tmp_path):
+    with pytest.raises(ImageError, match=message):
         load_image(f"{tmp_path}/{name}")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_pipes_and_devices_are_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
         with pytest.raises(ImageError, match="not a plain file"):
@@ -414,7 +414,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission_is_refused(tmp_path):
+def test_unreadable_file_is_rejected(tmp_path):
     (tmp_path / "a.png").touch(0o000)
     with pytest.raises(ImageError, match="ermission"):
         load_image(tmp_path / "a.png")
@@ -511,14 +511,14 @@ def private(address: str) -> Address:
 
 
 @pytest.mark.parametrize("path", ["image", "moved", "image?size=big"])
-def test_an_image_is_fetched(path, server):
+def test_image_is_downloaded(path, server):
     image = load_image(private(f"{server}/{path}"))
     assert (image.size, corner(image)) == ((6, 4), (0, 128, 0))
     assert load_image(private(f"HTTP{server[4:]}/{path}")).size == (6, 4)
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("missing", "answers 404"),
         ("text", "not an image in a known format"),
@@ -532,14 +532,14 @@ def test_an_image_is_fetched(path, server):
         ("ftp", "which is not http"),
     ],
 )
-def test_an_address_at_fault_is_refused(path, said, server):
-    with pytest.raises(ImageError, match=said) as caught:
+def test_faulty_address_raises_image_error(path, message, server):
+    with pytest.raises(ImageError, match=message) as caught:
         load_image(private(f"{server}/{path}"))
     assert str(caught.value).startswith(f"{server}/{path}: ")
 
 
 @pytest.mark.parametrize("path", ["trouble", "cut"])
-def test_a_server_in_trouble_is_a_failure_of_the_work(path, server):
+def test_server_error_raises_download_error(path, server):
     with pytest.raises(DownloadError) as caught:
         load_image(private(f"{server}/{path}"))
     assert isinstance(caught.value, WorkError)
@@ -547,21 +547,21 @@ def test_a_server_in_trouble_is_a_failure_of_the_work(path, server):
 
 
 @pytest.mark.parametrize("path", ["silent", "dripping"])
-def test_a_slow_server_is_not_waited_for(path, server):
+def test_download_gives_up_on_a_slow_server(path, server):
     start = time.monotonic()
     with pytest.raises(DownloadError, match=r"after 0\.5 s"):
         download(private(f"{server}/{path}"), max_seconds=0.5)
     assert time.monotonic() - start < 2
 
 
-def test_a_silent_server_runs_into_the_time_limit_of_a_read(server, monkeypatch):
+def test_read_timeout_is_reported(server, monkeypatch):
     monkeypatch.setattr(downloading, "READ_SECONDS", 0.3)
     with pytest.raises(DownloadError, match="does not answer in time"):
         download(private(f"{server}/silent"))
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.png", "https://no-such-host.invalid/a.png"])
-def test_offline_is_said(address):
+def test_unreachable_host_mentions_being_offline(address):
     with pytest.raises(DownloadError, match=r"cannot be reached: .*is this machine offline\?"):
         load_image(private(address))
 
@@ -570,7 +570,7 @@ def test_offline_is_said(address):
     "address",
     ["http://", "http://[::1", "http://a b/", "http://x:99999/", "http://\x00/", "http://" + "a" * 100_000],
 )
-def test_addresses_that_are_none_are_refused(address):
+def test_malformed_address_is_rejected(address):
     with pytest.raises((ImageError, DownloadError)) as caught:
         load_image(address)
     assert str(caught.value).isprintable()
@@ -599,7 +599,7 @@ def test_addresses_that_are_none_are_refused(address):
         ("images/a@b?c.png", "images/a@b?c.png", False),
     ],
 )
-def test_secrets_of_an_address_are_left_out(address, shown, partial):
+def test_secrets_are_removed_from_addresses(address, shown, partial):
     assert (without_secrets(address), is_redacted(shown)) == (shown, partial)
     assert without_secrets(shown) == shown
     assert (str(Address(address)), str(ImageError(address, "x"))) == (shown, f"{shown}: x")
@@ -614,14 +614,14 @@ def test_secrets_of_an_address_are_left_out(address, shown, partial):
         "http://127.0.0.1:9/a.png?token=SECRET",
     ],
 )
-def test_no_message_shows_a_secret(address, caplog):
+def test_errors_and_logs_show_no_secret(address, caplog):
     caplog.set_level("INFO")
     with pytest.raises((ImageError, DownloadError)) as caught:
         load_image(private(address))
     assert not re.search("SEC|RET", f"{caught.value} {caught.value.path} {caplog.text}")
 
 
-def test_user_and_password_are_sent_and_not_logged(server, caplog):
+def test_credentials_are_sent_but_not_logged(server, caplog):
     caplog.set_level("INFO")
     assert load_image(private(server.replace("//", "//me:a%2Fb@") + "/locked?token=SECRET")).size == (6, 4)
     assert "SECRET" not in caplog.text
@@ -629,7 +629,7 @@ def test_user_and_password_are_sent_and_not_logged(server, caplog):
         load_image(private(f"{server}/locked"))
 
 
-def test_an_address_that_was_stored_without_its_query_is_not_fetched(server):
+def test_redacted_address_is_not_fetched(server):
     with pytest.raises(ImageError, match="cannot be fetched again: its query or password was not stored"):
         load_image(private(str(private(f"{server}/image?token=SECRET"))))
 
@@ -667,14 +667,14 @@ def test_an_address_that_was_stored_without_its_query_is_not_fetched(server):
         ("64:ff9b:1::1", False),
     ],
 )
-def test_private_numbers_are_told_from_public_ones(number, public):
+def test_is_public(number, public):
     assert is_public(number) is public
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "[::1]", "[::ffff:127.0.0.1]"]
 )
-def test_private_addresses_are_refused_before_anything_is_sent(host, server, requests):
+def test_private_address_is_rejected_before_any_request(host, server, requests):
     port = server.rpartition(":")[2]
     with pytest.raises(ImageError, match=r"private network.*unless allow_private_addresses=true"):
         load_image(f"http://{host}:{port}/image")
@@ -694,7 +694,7 @@ def answers(monkeypatch, names: dict[str, list[list[str]]]) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
 
 
-def test_every_number_of_a_name_must_be_public(server, requests, monkeypatch):
+def test_all_ip_addresses_of_a_host_must_be_public(server, requests, monkeypatch):
     port = server.rpartition(":")[2]
     answers(monkeypatch, {"two.example": [["93.184.215.14", "127.0.0.1"]]})
     with pytest.raises(ImageError, match="private network"):
@@ -702,7 +702,7 @@ def test_every_number_of_a_name_must_be_public(server, requests, monkeypatch):
     assert not requests
 
 
-def test_the_connection_goes_to_the_number_that_was_checked(server, requests, monkeypatch):
+def test_connection_uses_the_checked_ip_address(server, requests, monkeypatch):
     """A name that is public when it is checked and private when it is connected to (DNS rebinding)."""
     port = server.rpartition(":")[2]
     monkeypatch.setattr(downloading, "is_public", lambda number: number == "127.0.0.1")
@@ -711,7 +711,7 @@ def test_the_connection_goes_to_the_number_that_was_checked(server, requests, mo
     assert requests == [f"turning.example:{port}"]
 
 
-def test_redirects_are_checked_again(server, requests, monkeypatch):
+def test_redirect_target_is_checked(server, requests, monkeypatch):
     """This machine stands for a public one under a name of its own; its other name is private."""
     port = server.rpartition(":")[2]
     monkeypatch.setattr(downloading, "is_public", lambda number: number == "127.0.0.1")
@@ -721,13 +721,13 @@ def test_redirects_are_checked_again(server, requests, monkeypatch):
     assert requests == [f"open.example:{port}"]
 
 
-def test_the_next_number_is_tried_where_one_does_not_answer(server, monkeypatch):
+def test_next_ip_address_is_tried_if_one_refuses(server, monkeypatch):
     port = server.rpartition(":")[2]
     answers(monkeypatch, {"two.example": [["127.0.0.9", "127.0.0.1"]]})
     assert load_image(private(f"http://two.example:{port}/image")).size == (6, 4)
 
 
-def test_behind_a_proxy_the_name_goes_to_the_proxy(server, requests, monkeypatch):
+def test_proxy_receives_the_host_name(server, requests, monkeypatch):
     """The proxy is in a private network, as they are; what it fetches must not be, as far as the name tells."""
     monkeypatch.setenv("http_proxy", server)
     monkeypatch.setenv("no_proxy", "[::1],other.example")
@@ -739,20 +739,20 @@ def test_behind_a_proxy_the_name_goes_to_the_proxy(server, requests, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("http_proxy", "socks5://127.0.0.1:9", "http_proxy cannot be used|cannot be reached"),
         ("SSL_CERT_FILE", "/no/such/file", "SSL_CERT_FILE cannot be used: /no/such/file: no such file"),
     ],
 )
-def test_a_network_that_is_set_up_wrongly_is_named(name, value, said, server, monkeypatch):
+def test_bad_network_setting_is_named(name, value, message, server, monkeypatch):
     monkeypatch.setenv(name, value)
-    with pytest.raises(DownloadError, match=said):
+    with pytest.raises(DownloadError, match=message):
         load_image(private(f"{server}/image"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "I", "F"])
-def test_an_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_in_strips_equals_conversion_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """White of a wide image is that of the whole, not of a strip."""
     values = np.random.default_rng(0).integers(0, 256, (24, 17, 4), dtype=np.uint8)
     if mode in ("I;16", "I", "F"):
@@ -765,7 +765,7 @@ def test_an_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(np.asarray(load_image(image)), whole)
 
 
-def test_a_model_is_given_no_more_than_it_sees() -> None:
+def test_downscale_for_model() -> None:
     seen = {(6000, 4000): (6000, 4000), (8000, 8000): (4000, 4000), (64000, 999): (32000, 500)}
     assert {size: images.downscale_for_model(Image.new("1", size).convert("L")).size for size in seen} == seen
 
@@ -773,7 +773,7 @@ def test_a_model_is_given_no_more_than_it_sees() -> None:
 # ------------------------------------------------------------------------------------ folders and patterns
 
 
-def test_a_folder_and_a_pattern_mean_their_images(tmp_path):
+def test_list_image_files(tmp_path):
     """By name. A folder passes over what is no image by its ending; what a pattern means is taken at its word."""
     (tmp_path / "inner.png").mkdir()
     for name in ("b.PNG", "a.jpg", "notes.txt"):
@@ -788,7 +788,7 @@ def test_a_folder_and_a_pattern_mean_their_images(tmp_path):
     assert list_image_files("https://example.org/cat.png?size=2") is None
 
 
-def test_a_folder_without_images_and_one_of_too_many(tmp_path, monkeypatch):
+def test_list_image_files_rejects_empty_and_huge_folders(tmp_path, monkeypatch):
     with pytest.raises(ImageError, match="no image file there"):
         list_image_files(str(tmp_path))
     for number in range(3):

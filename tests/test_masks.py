@@ -19,7 +19,7 @@ masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, ma
 
 
 @given(masks)
-def test_a_mask_comes_back_from_its_run_lengths(mask):
+def test_rle_round_trip(mask):
     runs = encode_mask(mask)
     assert runs["size"] == list(mask.shape)
     assert isinstance(runs["counts"], str)
@@ -28,7 +28,7 @@ def test_a_mask_comes_back_from_its_run_lengths(mask):
 
 
 @given(masks)
-def test_uncompressed_counts_are_read_too(mask):
+def test_uncompressed_rle_is_decoded(mask):
     flat = mask.ravel(order="F")
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flat]).astype(int)) != 0)
     counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
@@ -38,7 +38,7 @@ def test_uncompressed_counts_are_read_too(mask):
 
 
 @pytest.mark.parametrize("shape", [(4000, 5000), (1, 1)])
-def test_masks_of_any_size_come_back(shape):
+def test_rle_round_trip_at_extreme_sizes(shape):
     for mask in (np.zeros(shape, bool), np.ones(shape, bool)):
         np.testing.assert_array_equal(read_mask(encode_mask(mask), shape[::-1]), mask)
 
@@ -69,7 +69,7 @@ def test_masks_of_any_size_come_back(shape):
         {"counts": "<"},
     ],
 )
-def test_hostile_run_lengths_are_refused(runs):
+def test_invalid_rle_is_rejected(runs):
     if runs == {"size": [3, 4], "counts": "<"}:  # chr(48 + 12): one run of 12
         assert not read_mask(runs, (4, 3)).any()
         return
@@ -78,7 +78,7 @@ def test_hostile_run_lengths_are_refused(runs):
 
 
 @given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=60))
-def test_any_text_is_a_mask_or_refused(counts):
+def test_arbitrary_counts_decode_as_in_pycocotools_or_are_rejected(counts):
     try:
         mask = read_mask({"size": [5, 7], "counts": counts}, (7, 5))
     except MaskError:
@@ -99,13 +99,13 @@ SQUARE = [1, 1, 4, 1, 4, 3, 1, 3]
         [SQUARE, SQUARE],
     ],
 )
-def test_polygons_are_filled(polygons):
+def test_polygons_are_rasterised(polygons):
     expected = np.zeros((5, 6), bool)
     expected[1:3, 1:4] = True
     np.testing.assert_array_equal(read_mask(polygons, (6, 5)), expected)
 
 
-def test_masks_of_several_objects_are_one():
+def test_merged_masks_are_the_union():
     """Run lengths, polygons and a PNG: what is in any of them; polygons alone stay polygons."""
     runs, left, right = (
         encode_mask(np.eye(4, 6, dtype=bool)),
@@ -125,12 +125,12 @@ def test_masks_of_several_objects_are_one():
         read_mask(together, (5, 4))
 
 
-def test_several_polygons_are_joined():
+def test_several_polygons_are_united():
     mask = read_mask([[0, 0, 2, 0, 2, 2, 0, 2], [3, 3, 6, 3, 6, 5, 3, 5]], (6, 5))
     assert mask.sum() == 4 + 6
 
 
-def test_thousands_of_polygons_are_joined_in_time_and_rightly():
+def test_thousands_of_polygons_are_united_quickly():
     """Joined one after the other, these took half a minute."""
     y, x = np.divmod(np.arange(9900) * 7, 100)
     boxes = [[45 * int(i), int(j), 45 * int(i) + 45, int(j) + 1] for i, j in zip(x, y, strict=True)]
@@ -144,7 +144,7 @@ def test_thousands_of_polygons_are_joined_in_time_and_rightly():
 
 
 @pytest.mark.parametrize("far", [1e3, 1e7, -1e7])
-def test_polygons_may_reach_beyond_the_image(far):
+def test_polygons_may_extend_past_the_image(far):
     assert read_mask([[-5, -5, 50, -5, 50, 50, -5, 50]], (6, 5)).all()
     read_mask([[0, 0, far, 0, far, far]], (6, 5))
 
@@ -152,13 +152,13 @@ def test_polygons_may_reach_beyond_the_image(far):
 @pytest.mark.parametrize(
     "polygons", [[[0, 0, 9000, 9000] * 500], [[0.0, 0.0, 5.0, 5.0]] * 3, [SQUARE] * 10_001]
 )
-def test_polygons_that_would_fill_the_memory_are_refused(polygons):
+def test_polygons_that_need_too_much_memory_are_rejected(polygons):
     with pytest.raises(MaskError):
         read_mask(polygons, (8000, 8000))
 
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=12), min_size=1, max_size=3))
-def test_any_polygons_give_a_mask_or_are_refused(polygons):
+def test_arbitrary_polygons_give_a_mask_or_are_rejected(polygons):
     try:
         assert read_mask(polygons, (7, 5)).shape == (5, 7)
     except MaskError:
@@ -166,7 +166,7 @@ def test_any_polygons_give_a_mask_or_are_refused(polygons):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "LA"])
-def test_a_png_is_a_mask_where_it_is_not_black(mode, tmp_path):
+def test_nonzero_pixels_of_a_png_are_the_mask(mode, tmp_path):
     expected = np.zeros((3, 4), bool)
     expected[1, 2] = True
     path = tmp_path / "mask.png"
@@ -182,7 +182,7 @@ def test_a_png_is_a_mask_where_it_is_not_black(mode, tmp_path):
     np.testing.assert_array_equal(read_mask(path, (4, 3)), expected)
 
 
-def test_a_png_of_another_size_is_refused_before_it_is_decoded(tmp_path):
+def test_png_of_another_size_is_rejected_before_decoding(tmp_path):
     path = tmp_path / "mask.png"
     Image.new("RGB", (7000, 7000)).save(path)
     path.write_bytes(path.read_bytes()[:60])
@@ -190,14 +190,14 @@ def test_a_png_of_another_size_is_refused_before_it_is_decoded(tmp_path):
         read_mask(path, (4, 3))
 
 
-def test_a_png_is_looked_at_in_strips(tmp_path, monkeypatch):
+def test_png_is_decoded_in_strips(tmp_path, monkeypatch):
     expected = np.random.default_rng(0).random((9, 5)) > 0.5
     Image.fromarray(expected).convert("RGB").save(tmp_path / "mask.png")
     monkeypatch.setattr("localization_heads.data.images.STRIP_PIXELS", 11)
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (5, 9)), expected)
 
 
-def test_broken_masks_in_files_are_refused(tmp_path):
+def test_invalid_mask_file_is_rejected(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     for name in ("a.png", "no.png"):
         with pytest.raises(ImageError):
@@ -207,7 +207,7 @@ def test_broken_masks_in_files_are_refused(tmp_path):
         read_mask(tmp_path / "a.bmp", (4, 3))
 
 
-def test_a_mask_in_memory_is_taken_as_it_is():
+def test_bool_array_is_a_mask():
     mask = np.eye(3, 4, dtype=bool)
     np.testing.assert_array_equal(read_mask(mask, (4, 3)), mask)
     with pytest.raises(MaskError, match="3 x 4 pixels, its image 4 x 3"):

@@ -45,7 +45,7 @@ def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     sources.hub_unreachable_reason.cache_clear()
 
 
-def test_an_image_that_must_be_fetched(said: str) -> None:
+def test_bad_setting_is_named_when_an_image_is_downloaded(said: str) -> None:
     """Exclusions and the proxy of another protocol do not stand in an image's way."""
     unused = "no_proxy" in said.lower() or "HTTP_PROXY" in said
     with pytest.raises(DownloadError, match="cannot be reached" if unused else said) as caught:
@@ -53,7 +53,7 @@ def test_an_image_that_must_be_fetched(said: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_model_or_heads_that_must_be_fetched(
+def test_bad_setting_is_named_when_the_hub_is_needed(
     said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -68,7 +68,7 @@ def test_a_model_or_heads_that_must_be_fetched(
         assert "\n" not in str(caught.value)
 
 
-def test_a_cached_model_and_a_folder_need_no_network(
+def test_cached_model_and_local_folder_need_no_network(
     said: str, tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert client_problem()
@@ -81,7 +81,7 @@ def test_a_cached_model_and_a_folder_need_no_network(
         assert load_model(name, device="cpu").attend(image, "the dog").attention.shape == (4, 4, 6, 6)
 
 
-def test_settings_that_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_settings_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.startswith("SSL"):
             monkeypatch.delenv(name)

@@ -14,7 +14,7 @@ from localization_heads.store.files import remove_leftovers, replace_folder
 from localization_heads.store.results import write_parquet
 
 
-def test_rows_come_back(tmp_path: Path) -> None:
+def test_parquet_round_trip(tmp_path: Path) -> None:
     columns = {"a": "text", "b": "number", "c": "whole", "d": "texts", "e": "numbers"}
     rows = [
         {"a": "der Hund 犬\u0007", "b": 0.1, "c": 2**40, "d": ["x", ""], "e": [1.5, 2.0]},
@@ -32,7 +32,7 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert pyarrow.parquet.read_table(path).num_rows == 0
 
 
-def test_a_table_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+def test_failed_parquet_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     write_parquet(path, {"a": "whole"}, [{"a": 1}])
     with pytest.raises(Exception, match="int"):
@@ -41,7 +41,7 @@ def test_a_table_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_folder_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "new" / "failures"
     with replace_folder(path) as folder:
         (folder / "a.png").write_text("a")
@@ -54,7 +54,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["failures"]
 
 
-def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_replacement_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "failures"
     with replace_folder(path) as folder:
         (folder / "a.png").write_text("a")
@@ -82,7 +82,7 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     assert [p.name for p in tmp_path.iterdir()] == ["failures"]
 
 
-def test_a_file_or_a_link_in_its_place(tmp_path: Path) -> None:
+def test_file_or_link_is_replaced_by_the_folder(tmp_path: Path) -> None:
     path, precious = tmp_path / "failures", tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis").write_text("x")
@@ -98,13 +98,15 @@ def test_a_file_or_a_link_in_its_place(tmp_path: Path) -> None:
     assert (precious / "thesis").read_text() == "x"
 
 
-def test_no_place_for_a_folder(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="output_dir"), replace_folder(tmp_path / "file" / "failures"):
         pass
 
 
-def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftover_folders_of_killed_processes_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with replace_folder(tmp_path / "failures") as folder:
         name = folder.name
     dead = tmp_path / name.replace(f"-{os.getpid()}-", "-99999-")

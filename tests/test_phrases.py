@@ -29,7 +29,7 @@ from localization_heads.figures import Found
         ("the dog;", ["the dog"]),
     ],
 )
-def test_a_query_splits_at_semicolons(query: str, found: list[str]) -> None:
+def test_query_is_split_at_semicolons(query: str, found: list[str]) -> None:
     assert split_phrases(query) == found
     assert split_phrases(query, by="whole") == [query]
 
@@ -43,7 +43,7 @@ def parsed(words: str, pos: str, heads: list[int], deps: str) -> Any:
     return Doc(vocab, words=words.split(), pos=pos.split(), heads=heads, deps=deps.split())
 
 
-def test_noun_phrases_of_a_sentence() -> None:
+def test_pronouns_are_not_noun_phrases() -> None:
     """Two objects, and a pronoun that names none."""
     doc = parsed(
         "It shows a brown dog and the cat", "PRON VERB DET ADJ NOUN CCONJ DET NOUN", [1, 1, 4, 4, 1, 4, 7, 4],
@@ -52,7 +52,7 @@ def test_noun_phrases_of_a_sentence() -> None:
     assert noun_phrases(doc) == ["a brown dog", "the cat"]
 
 
-def test_a_place_goes_with_its_object() -> None:
+def test_position_is_joined_to_its_object() -> None:
     doc = parsed(
         "the dog on the left and a ball on the table", "DET NOUN ADP DET NOUN CCONJ DET NOUN ADP DET NOUN",
         [1, 1, 1, 4, 2, 1, 7, 1, 7, 10, 8], "det ROOT prep det pobj cc det conj prep det pobj",
@@ -60,26 +60,26 @@ def test_a_place_goes_with_its_object() -> None:
     assert noun_phrases(doc) == ["the dog on the left", "a ball", "the table"]
 
 
-def test_a_sentence_without_an_object_is_asked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_without_noun_phrases_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     doc = parsed("run", "VERB", [0], "ROOT")
     monkeypatch.setattr(phrases, "_load_pipeline", lambda model: lambda text: doc)
     assert split_phrases("run", by="spacy") == ["run"]
 
 
-def test_a_missing_pipeline_says_how_to_get_it() -> None:
+def test_missing_pipeline_says_how_to_download_it() -> None:
     pytest.importorskip("spacy")
     with pytest.raises(UsageError, match="python -m spacy download no_such_pipeline"):
         split_phrases("the dog", by="spacy", model="no_such_pipeline")
 
 
-def test_a_pipeline_without_a_parser_is_named(tmp_path: Path) -> None:
+def test_pipeline_without_a_parser_is_reported(tmp_path: Path) -> None:
     spacy = pytest.importorskip("spacy")
     spacy.blank("en").to_disk(tmp_path / "blank")
     with pytest.raises(UsageError, match="no parser"):
         split_phrases("the dog", by="spacy", model=str(tmp_path / "blank"))
 
 
-def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
     def without_spacy(name: str, *rest: Any, **more: Any) -> Any:
@@ -99,7 +99,7 @@ def front(front: Front) -> Front:
     return front
 
 
-def test_each_phrase_has_its_line_and_all_share_a_figure(front: Front) -> None:
+def test_each_phrase_gets_a_prediction_and_all_share_a_figure(front: Front) -> None:
     query = "query=the dog; the red ball; the cat"
     result = front.finder("stage=ground", "image_file=cat.png", query, "save_id=zoo")
     assert result.status == 0, result.err
@@ -114,7 +114,7 @@ def test_each_phrase_has_its_line_and_all_share_a_figure(front: Front) -> None:
     assert read_lines(folder / "one_prediction.jsonl")[0]["bbox"] == pytest.approx(lines[1]["bbox"], abs=1e-3)
 
 
-def test_whole_splits_nothing(front: Front) -> None:
+def test_phrases_by_whole_does_not_split(front: Front) -> None:
     result = front.finder(
         "stage=ground", "image_file=cat.png", "query=the dog; the cat", "save_id=zoo", "phrases.by=whole"
     )
@@ -122,7 +122,7 @@ def test_whole_splits_nothing(front: Front) -> None:
     assert [line["id"] for line in read_lines(front.out / "attention" / "zoo_prediction.jsonl")] == ["zoo"]
 
 
-def test_in_a_data_file(front: Front) -> None:
+def test_phrases_in_a_data_file(front: Front) -> None:
     entries = [
         {"id": "a", "prompt": "the dog; the cat", "image_path": "cat.png", "bbox": [0, 0, 9, 9]},
         {"id": "b", "prompt": "the boat", "image_path": "cat.png"},
@@ -144,13 +144,13 @@ def test_in_a_data_file(front: Front) -> None:
     assert [one["sample_id"] for one in coco["annotations"]] == ["a_1", "a_2", "b", "c_2"]
 
 
-def test_a_wrong_choice_is_named(front: Front) -> None:
+def test_unknown_phrases_option_is_reported(front: Front) -> None:
     result = front.finder("stage=ground", "image_file=cat.png", "query=a; b", "phrases.by=magic")
     assert result.status == 2
     assert one_line(result.err).startswith("error: phrases.by=magic: choose one of")
 
 
-def test_a_figure_of_many_objects_at_the_border(tmp_path: Path) -> None:
+def test_figure_labels_many_objects_at_the_border(tmp_path: Path) -> None:
     import numpy as np
 
     mask = np.zeros((40, 3000), dtype=bool)

@@ -63,7 +63,7 @@ def lines(name):
     return read_lines(OUT / name)
 
 
-def test_val_is_written_whole_and_evaluate_scores_it(front):
+def test_val_is_written_in_full_and_can_be_evaluated(front):
     result = prepared(front)
     assert result.status == 0 and "2 expressions for 1 references" in result.out
     first, second = lines("refcoco-val.jsonl")
@@ -79,7 +79,7 @@ def test_val_is_written_whole_and_evaluate_scores_it(front):
     assert metrics["num_samples"] == metrics["num_masks"] == 2
 
 
-def test_boxes_that_are_no_pixels_are_not_written(front):
+def test_boxes_that_are_not_in_pixels_are_rejected(front):
     """Here from 0 to 1, in images of 64 x 48 pixels."""
     refs = [replace(ref, bbox=(0.1, 0.2, 0.3, 0.4)) for ref in world()]
     save_refer(Path("refer/refcoco"), refs)
@@ -89,7 +89,7 @@ def test_boxes_that_are_no_pixels_are_not_written(front):
     assert not (OUT / "refcoco-val.jsonl").exists()
 
 
-def test_the_side_file_says_where_it_came_from(front):
+def test_metadata_records_the_source_files(front):
     prepared(front, "split=train", "num_samples=5", "random_seed=7")
     record = json.loads((OUT / "refcoco-train-5-seed7.json").read_text())
     assert record["num_samples"] == 5 and record["random_seed"] == 7 and record["split"] == "train"
@@ -99,7 +99,7 @@ def test_the_side_file_says_where_it_came_from(front):
         assert file == {"name": source, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_a_sample_is_the_same_at_every_run_and_from_every_source(front):
+def test_sample_is_reproducible_across_runs_and_formats(front):
     options = ("split=train", "num_samples=6")
     prepared(front, *options)
     first = (OUT / "refcoco-train-6-seed42.jsonl").read_bytes()
@@ -112,7 +112,7 @@ def test_a_sample_is_the_same_at_every_run_and_from_every_source(front):
     assert (OUT / "refcoco-train-6-seed1.jsonl").read_bytes() != first
 
 
-def test_samples_are_random_nested_and_in_order():
+def test_samples_are_random_nested_and_ordered():
     entries = [IndexEntry(f"e{n}", "train", "p", "t", n) for n in range(1000)]
     drawn = draw_entries(entries, 100, 42)
     assert len(drawn) == 100 and drawn == sorted(drawn, key=lambda entry: entry.row)
@@ -124,12 +124,12 @@ def test_samples_are_random_nested_and_in_order():
     assert draw_entries(entries, 2000, 42) == entries
 
 
-def test_evaluation_splits_are_sampled_only_when_told(front):
+def test_evaluation_split_is_sampled_if_num_samples_is_given(front):
     prepared(front, "num_samples=1")
     assert len(lines("refcoco-val-1-seed42.jsonl")) == 1
 
 
-def test_missing_images_are_named_once_and_the_others_go_on(front):
+def test_missing_images_are_reported_by_reason(front):
     Path("train2014/COCO_train2014_000000000002.jpg").unlink()
     Path("train2014/COCO_train2014_000000000003.jpg").write_bytes(b"not an image")
     Image.new("RGB", (48, 64)).save("train2014/COCO_train2014_000000000004.jpg")
@@ -145,20 +145,20 @@ def test_missing_images_are_named_once_and_the_others_go_on(front):
     assert json.loads((OUT / "refcoco-train-1000-seed42.json").read_text())["failed"] == 7
 
 
-def test_no_image_at_all_is_an_error_and_leaves_no_file(front):
+def test_no_usable_image_is_an_error_without_output(front):
     Path("empty").mkdir()
     result = prepared(front, "images=empty", "split=train")
     assert result.status == 1 and "none of 18 expressions" in result.err and "no such file" in result.err
     assert not list(OUT.glob("*.json*"))
 
 
-def test_counts_that_are_not_those_of_papers_are_told(front, monkeypatch):
+def test_unofficial_counts_are_reported(front, monkeypatch):
     assert "val has 1 references and 2 expressions here, 3811 and 10834 in papers" in prepared(front).err
     monkeypatch.setitem(OFFICIAL_COUNTS, ("refcoco", "val"), Counts(1, 2))
     assert "in papers" not in prepared(front).err
 
 
-def test_images_inside_parquet_become_files(front):
+def test_images_in_parquet_are_written_to_files(front):
     save_lmms(Path("lmms"), [ref for ref in world() if ref.split == "val"] * 2)
     result = prepared(front, path="lmms")
     assert result.status == 0 and "8,811" in result.err
@@ -170,7 +170,7 @@ def test_images_inside_parquet_become_files(front):
     assert not load_samples(OUT / "refcoco-lmms-val.jsonl").bad
 
 
-def test_what_is_no_image_is_not_written(front):
+def test_invalid_image_bytes_are_not_written(front):
     rows = [lmms_row(ref) for ref in world()[9:]]
     rows[0]["image"] = {"bytes": b"#!/bin/sh", "path": "../../run.sh"}
     rows[1]["image"] = {"bytes": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "path": None}
@@ -180,14 +180,14 @@ def test_what_is_no_image_is_not_written(front):
     assert len(list((OUT / "images").iterdir())) == 1 and not Path("run.sh").exists()
 
 
-def test_an_image_over_the_limit_is_not_decoded(front, monkeypatch):
+def test_oversized_image_is_not_decoded(front, monkeypatch):
     save_lmms(Path("lmms"), world())
     monkeypatch.setattr("localization_heads.data.images.MAX_PIXELS", 100)
     result = prepared(front, path="lmms")
     assert result.status == 1 and "over the limit" in result.err and not (OUT / "images").exists()
 
 
-def test_reasonseg_keeps_what_lisa_ignores(front):
+def test_reasonseg_keeps_ignored_pixels(front):
     corners = lambda a, b: ((a, a), (b, a), (b, b), (a, b))  # noqa: E731
     shapes = [shape("target", *corners(2, 40)), shape("ignore", *corners(10, 20))]
     save_lisa(Path("rs/val"), "one", {"text": ["what is wet?"], "is_sentence": True, "shapes": shapes})
@@ -199,7 +199,7 @@ def test_reasonseg_keeps_what_lisa_ignores(front):
     assert read_mask(sample.mask, (64, 48)).sum() == 39 * 39 - 11 * 11
 
 
-def test_ignored_pixels_do_not_count(front):
+def test_ignored_pixels_are_not_scored(front):
     """Everything but the box that is predicted is ignored, so the predicted mask is wholly right or empty."""
     image, size = Path("train2014/COCO_train2014_000000000001.jpg"), (64, 48)
     everything = {"size": [48, 64], "counts": [0, 48 * 64]}
@@ -229,7 +229,7 @@ def test_reasonseg_parquet_is_written(front):
 # --- leakage ---------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_images_of_the_source_itself_are_refused(front):
+def test_training_sample_that_shares_evaluation_images_is_refused(front):
     """As in the google partition, which splits objects and not images."""
     save_refer(Path("g"), [*world(), Ref(50, 1, "val", ("her hat",))], "google")
     result = prepared(front, "split=train", path="g")
@@ -240,7 +240,7 @@ def test_evaluation_images_of_the_source_itself_are_refused(front):
     assert json.loads((OUT / "refcoco-google-train-1000-seed42.json").read_text())["allow_leakage"] is True
 
 
-def test_images_of_another_set_are_refused_and_can_be_left_out(front):
+def test_images_of_a_prepared_benchmark_are_refused_or_excluded(front):
     """RefCOCOg evaluates images of RefCOCO's training split."""
     save_refer(
         Path("refer/refcocog"), [Ref(0, 1, "val", ("a lady",)), Ref(1, 5, "test", ("a thing",))], "umd"
@@ -257,7 +257,7 @@ def test_images_of_another_set_are_refused_and_can_be_left_out(front):
     assert json.loads((OUT / "refcoco-train-1000-seed42.json").read_text())["excluded"] == 3 + 4
 
 
-def test_one_excluded_file_needs_no_list_and_must_be_prepared(front):
+def test_exclude_takes_one_prepared_file(front):
     prepared(front)
     assert prepared(front, "split=train", f"exclude={OUT}/refcoco-val.jsonl").status == 0
     Path("own.jsonl").write_text('{"id": "a", "prompt": "x", "image_path": "a.png"}\n')
@@ -283,7 +283,7 @@ def discovered(front, kept):
     return front
 
 
-def test_heads_json_names_its_images(discovered):
+def test_heads_json_records_pictures(discovered):
     names = {line["picture"] for line in lines("refcoco-train-4-seed42.jsonl")}
     assert discovered.json("heads.json")["pictures"] == sorted(names)
 
@@ -293,7 +293,7 @@ def evaluated(front, data_file, *options):
     return front.finder(*EVALUATE, f"data_file={data_file}", heads, "k=1", *options)
 
 
-def test_heads_are_not_scored_on_images_they_were_found_on(discovered):
+def test_evaluate_refuses_images_the_heads_were_found_on(discovered):
     prepared(discovered)
     assert evaluated(discovered, OUT / "refcoco-val.jsonl").status == 0
     result = evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl")
@@ -302,7 +302,7 @@ def test_heads_are_not_scored_on_images_they_were_found_on(discovered):
     assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl", "allow_leakage=true").status == 0
 
 
-def test_neither_experiments_nor_the_ladder_score_heads_where_they_were_found(discovered, monkeypatch):
+def test_experiments_refuse_images_the_heads_were_found_on(discovered, monkeypatch):
     data = f"data_file={OUT}/refcoco-train-4-seed42.jsonl"
     rung = ("stage=experiment", "experiment=ladder", "rung=fixed", "k=1", data)
     named = f"heads={discovered.out}/heads.json"
@@ -317,7 +317,7 @@ def test_neither_experiments_nor_the_ladder_score_heads_where_they_were_found(di
     assert discovered.finder(*rung, "allow_leakage=true", "controls=false").status == 0
 
 
-def test_images_of_a_hub_repository_are_checked(discovered, monkeypatch):
+def test_leakage_is_checked_for_heads_on_the_hub(discovered, monkeypatch):
     path = discovered.out / "heads.json"
     monkeypatch.setattr(hub, "_fetched", lambda *_: path)
     result = discovered.finder(
@@ -326,7 +326,7 @@ def test_images_of_a_hub_repository_are_checked(discovered, monkeypatch):
     assert result.status == 2 and "that someone/heads was found on" in result.err
 
 
-def test_images_of_a_foreign_heads_json_are_checked(discovered):
+def test_leakage_is_checked_by_file_content(discovered):
     path = discovered.out / "heads.json"
     content = json.loads(path.read_text())
     for images in ("coco:1", [1], {"a": 1}):
@@ -338,7 +338,7 @@ def test_images_of_a_foreign_heads_json_are_checked(discovered):
     assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl").status == 0
 
 
-def test_copies_of_an_image_are_known(tmp_path):
+def test_image_keys_identify_copies(tmp_path):
     (tmp_path / "a.png").write_bytes(b"abc")
     (tmp_path / "b.png").write_bytes(b"abc")
     (tmp_path / "c.png").write_bytes(b"abd")
@@ -389,19 +389,19 @@ def test_copies_of_an_image_are_known(tmp_path):
         ),
     ],
 )
-def test_wrong_use_is_one_line(front, options, words):
+def test_usage_errors_are_one_line(front, options, words):
     result = front.finder("stage=prepare", *options)
     assert words in result.err and "Traceback" not in result.err
     assert result.status == (0 if "refcocog" in options[0] else 2)
 
 
-def test_a_source_without_references_is_named(front):
+def test_source_without_references_is_reported(front):
     Path("refer/refcoco/refs(unc).p").write_bytes(pickle.dumps([]))
     result = prepared(front)
     assert result.status == 2 and "error: dataset_path=refer: it holds no reference" in result.err
 
 
-def test_a_split_that_is_there_twice_is_refused(front):
+def test_duplicate_split_is_rejected(front):
     path = Path("refer/refcoco/refs(unc).p")
     refs = [ref.reference() for ref in world()]
     path.write_bytes(pickle.dumps(refs * 2, 2))
@@ -409,7 +409,7 @@ def test_a_split_that_is_there_twice_is_refused(front):
     assert result.status == 2 and "twice: ref10_sent100" in result.err
 
 
-def test_a_write_that_fails_leaves_the_old_file(front, monkeypatch):
+def test_failed_write_keeps_the_old_file(front, monkeypatch):
     prepared(front)
     before = (OUT / "refcoco-val.jsonl").read_bytes()
 
@@ -424,7 +424,7 @@ def test_a_write_that_fails_leaves_the_old_file(front, monkeypatch):
 # --- protocols -------------------------------------------------------------------------------------------------
 
 
-def test_a_bad_sentence_is_told_and_bad_rows_of_other_splits_are_not(front):
+def test_failures_of_the_written_split_are_reported(front):
     path = Path("refer/refcoco/refs(unc).p")
     refs = [ref.reference() for ref in world()]
     refs[0]["sentences"][0] = {"sent_id": 0, "sent": "", "raw": ""}
@@ -440,7 +440,7 @@ def test_a_bad_sentence_is_told_and_bad_rows_of_other_splits_are_not(front):
     assert prepared(front).status == 1 and [one["prompt"] for one in lines("refcoco-val.jsonl")] == ["vase"]
 
 
-def test_a_split_of_which_nothing_can_be_read_is_told(front):
+def test_unreadable_split_is_reported(front):
     refs = [ref.reference() for ref in world()]
     refs[9]["sentences"] = []
     Path("refer/refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, 2))
@@ -457,7 +457,7 @@ def test_a_split_of_which_nothing_can_be_read_is_told(front):
         ([], "refcoco-val", ["middle vase", "vase"], "unc"),
     ],
 )
-def test_protocols_of_refcoco(front, options, name, prompts, protocol):
+def test_refcoco_protocols(front, options, name, prompts, protocol):
     assert prepared(front, *options).status == 0
     written = lines(f"{name}.jsonl")
     assert [line["prompt"] for line in written] == prompts
@@ -472,7 +472,7 @@ def test_protocols_of_refcoco(front, options, name, prompts, protocol):
         assert "protocol lmms" in result.out
 
 
-def test_an_empty_target_counts_one_where_nothing_is_predicted(front):
+def test_empty_target_is_scored_by_the_protocol(front):
     corners = lambda a, b: ((a, a), (b, a), (b, b), (a, b))  # noqa: E731
     for name, label in (("full", "target"), ("none", "ignore")):
         content = {"text": ["what?"], "is_sentence": True, "shapes": [shape(label, *corners(2, 40))]}
@@ -491,7 +491,7 @@ def test_an_empty_target_counts_one_where_nothing_is_predicted(front):
     )
 
 
-def test_the_overlap_with_an_empty_target():
+def test_overlap_with_an_empty_target():
     mask = np.zeros((4, 6), bool)
     mask[1:3, 1:5] = True
     grounding = SimpleNamespace(absent=False, mask=mask, image_size=(6, 4))
@@ -503,7 +503,7 @@ def test_the_overlap_with_an_empty_target():
     assert overlap_of_all(replace(sample, facts={}), [grounding]) is None
 
 
-def test_the_overlap_with_all_targets():
+def test_overlap_with_all_targets():
     """Two boxes and the union of their masks, of which one and something else were found; by hand."""
     left, right, off = np.zeros((3, 4, 6), bool)
     left[:2, :2], right[2:, 4:], off[0, 5] = True, True, True

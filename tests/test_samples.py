@@ -51,7 +51,7 @@ def write(folder, *lines, name="sets/data.jsonl"):
     return path
 
 
-def test_the_seeds_line_is_read(folder):
+def test_minimal_line_becomes_a_sample(folder):
     path = write(
         folder, '{"id": "example_1", "prompt": "What is in this image?", "image_path": "images/cat.png"}'
     )
@@ -63,7 +63,7 @@ def test_the_seeds_line_is_read(folder):
     assert loaded.entries[0].image_file == "images/cat.png"
 
 
-def test_paths_are_tried_in_the_working_directory_and_then_beside_the_file(folder):
+def test_paths_resolve_against_working_directory_then_data_file(folder):
     path = write(
         folder,
         line(id="1"),
@@ -74,7 +74,7 @@ def test_paths_are_tried_in_the_working_directory_and_then_beside_the_file(folde
     assert images == [Path("images/cat.png"), folder / "sets/dog.png", folder / "images/cat.png"]
 
 
-def test_truth_and_addresses_are_taken(folder):
+def test_ground_truth_and_addresses_are_read(folder):
     runs = {"size": [3, 4], "counts": [6, 6]}
     path = write(
         folder,
@@ -94,7 +94,7 @@ def test_truth_and_addresses_are_taken(folder):
     assert third.bbox is None
 
 
-def test_no_target_and_several_are_taken(folder):
+def test_absent_and_multiple_targets_are_read(folder):
     absent, several = load_samples(
         write(folder, line(id="1", bbox=None, absent=True), line(id="2", bboxes=[[0, 0, 1, 1], [1, 1, 2, 3]]))
     ).entries
@@ -104,7 +104,7 @@ def test_no_target_and_several_are_taken(folder):
         Sample("cat.png", "the cat", bbox=(0, 0, 1, 1), absent=True)
 
 
-def test_masks_of_several_targets_are_one(folder):
+def test_masks_of_several_targets_are_merged(folder):
     first, second = [[0, 0, 2, 0, 2, 2, 0, 2]], {"size": [3, 4], "counts": [11, 1]}
     read = load_samples(
         write(
@@ -119,13 +119,13 @@ def test_masks_of_several_targets_are_one(folder):
     (sample,) = read.entries
     assert decode_mask(sample, (4, 3)).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
     assert "masks" not in sample.facts
-    said = [
+    messages = [
         "'mask' and 'masks'",
         "one mask for each object",
         "0 masks: an expression has 1 to 100",
         "but there is 'masks'",
     ]
-    assert all(part in bad.reason for part, bad in zip(said, read.bad, strict=True))
+    assert all(part in bad.reason for part, bad in zip(messages, read.bad, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_masks_of_several_targets_are_one(folder):
         line(prompt="the cat\u2028sat").encode(),
     ],
 )
-def test_marks_line_ends_and_blank_lines_do_not_matter(content, folder):
+def test_bom_line_endings_and_blank_lines_are_ignored(content, folder):
     loaded = load_samples(write(folder, content))
     assert len(loaded.entries) == 1
     assert not loaded.bad
@@ -229,19 +229,19 @@ BAD_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("bad", "said"), BAD_LINES)
-def test_a_bad_line_is_reported_by_its_number_and_the_rest_goes_on(bad, said, folder):
+@pytest.mark.parametrize(("bad", "message"), BAD_LINES)
+def test_invalid_line_is_reported_and_the_others_are_read(bad, message, folder):
     loaded = load_samples(write(folder, line(id="first"), "", bad, line(id="last")))
     assert [sample.id for sample in loaded.entries] == ["first", "last"]
     (entry,) = loaded.bad
     assert entry.line == 3
-    assert re.search(said, entry.reason), entry.reason
+    assert re.search(message, entry.reason), entry.reason
     assert str(entry).startswith("line 3")
     assert str(entry).isprintable()
     assert len(entry.reason) < 500
 
 
-def test_an_endless_line_is_passed_over(folder):
+def test_overlong_line_is_skipped(folder):
     long = line(prompt="a" * (3 * MAX_LINE_BYTES))
     loaded = load_samples(
         write(folder, long, line(id="2"), long, line(prompt="b" * (MAX_LINE_BYTES // 2), id="4"), long)
@@ -253,29 +253,29 @@ def test_an_endless_line_is_passed_over(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n"])
-def test_a_file_without_entries_is_refused(content, folder):
+def test_empty_data_file_is_rejected(content, folder):
     for load in (load_samples, load_visualization_entries):
         with pytest.raises(UsageError, match="is empty"):
             load(write(folder, content))
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("no.jsonl", "no such file"), ("sets", "is a folder"), ("a\0b", "no such|null")]
+    ("name", "message"), [("no.jsonl", "no such file"), ("sets", "is a folder"), ("a\0b", "no such|null")]
 )
-def test_a_missing_data_file_is_named(name, said, folder):
+def test_missing_data_file_is_named(name, message, folder):
     for load in (load_samples, load_visualization_entries):
-        with pytest.raises(UsageError, match=said) as caught:
+        with pytest.raises(UsageError, match=message) as caught:
             load(name)
         assert "data_file=" in str(caught.value)
 
 
-def test_ids_may_be_numbers_or_missing(folder):
+def test_numeric_and_missing_ids_are_accepted(folder):
     path = write(folder, line(id=7), line(id=...), line(id=None), line(id=1.5), line(id=-2))
     assert [sample.id for sample in load_samples(path).entries] == ["7", "line_2", "line_3", "1.5", "-2"]
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "said"),
+    ("first", "second", "message"),
     [
         ("a", "a", "already used on line 1"),
         ("cat", "Cat", "overwrite the files of 'cat' on line 1"),
@@ -288,19 +288,19 @@ def test_ids_may_be_numbers_or_missing(folder):
         (7, "7", "already used on line 1"),
     ],
 )
-def test_ids_that_share_a_file_are_refused(first, second, said, folder):
+def test_ids_with_colliding_files_are_rejected(first, second, message, folder):
     loaded = load_samples(write(folder, line(id=first), line(id=second), line(id="c")))
     assert [sample.line for sample in loaded.entries] == [1, 3]
     assert loaded.bad[0].line == 2
-    assert said in loaded.bad[0].reason
+    assert message in loaded.bad[0].reason
 
 
-def test_a_bad_line_does_not_take_its_id(folder):
+def test_invalid_line_does_not_reserve_its_id(folder):
     loaded = load_samples(write(folder, line(prompt=""), line()))
     assert [sample.line for sample in loaded.entries] == [2]
 
 
-def test_a_home_folder_is_meant_by_its_mark(folder, monkeypatch):
+def test_tilde_is_expanded_in_every_path(folder, monkeypatch):
     """In every path that a line may name."""
     monkeypatch.setenv("HOME", str(folder))
     Path("a.pkl").touch()
@@ -319,7 +319,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (POINTER, "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
         (f"[{line()}]", "is a JSON array, not JSON lines (one object on each line): `jq -c '.[]' "),
@@ -333,15 +333,15 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         ),
     ],
 )
-def test_other_files_are_called_what_they_are(content, said, folder):
+def test_other_file_formats_are_recognised(content, message, folder):
     path = write(folder, content, name="sets/data.json")
     for load in (load_samples, load_visualization_entries):
         with pytest.raises(UsageError) as caught:
             load(path)
-        assert str(caught.value).startswith(f"data_file={path} {said}")
+        assert str(caught.value).startswith(f"data_file={path} {message}")
 
 
-def test_an_image_that_was_not_fetched_is_called_a_pointer(folder):
+def test_image_that_is_an_lfs_pointer_is_reported(folder):
     Path("images/cat.png").write_text(POINTER)
     with pytest.raises(UsageError, match=r"cat\.png: is a Git LFS pointer.*git lfs pull"):
         load_image("images/cat.png")
@@ -359,14 +359,14 @@ def test_an_image_that_was_not_fetched_is_called_a_pointer(folder):
         (np.float32(1), np.int64(2), 3, 4.5),
     ],
 )
-def test_a_sample_takes_a_box_of_any_kind(box):
+def test_sample_converts_any_kind_of_box(box):
     sample = Sample("a.png", "the cat", bbox=box)
     assert sample.bbox == (1.0, 2.0, 3.0, 4.5)
     assert all(type(number) is float for number in sample.bbox)
 
 
 @pytest.mark.parametrize(
-    ("box", "said"),
+    ("box", "message"),
     [
         ((5, 0, 3, 4), r"^sample 'the cat': 'bbox' has its corners swapped: x1 = 3 is not above x0 = 5"),
         ((0, 4, 3, 1), r"y1 = 1 is not above y0 = 4.*of \[x, y, width, height\], write \[x, y, x \+ width"),
@@ -381,15 +381,15 @@ def test_a_sample_takes_a_box_of_any_kind(box):
         ((0, 0, 10**5000, 4), "not a huge number"),
     ],
 )
-def test_a_sample_says_what_is_wrong_with_its_box(box, said):
-    with pytest.raises(UsageError, match=said) as caught:
+def test_sample_rejects_invalid_boxes(box, message):
+    with pytest.raises(UsageError, match=message) as caught:
         Sample("a.png", "the cat", bbox=box)
     assert str(caught.value).isprintable()
     with pytest.raises(UsageError, match=r"^a: 'bbox'"):
         Sample("a.png", "the cat", id="a", bbox=box)
 
 
-def test_what_is_shown_of_a_sample_has_no_secret():
+def test_repr_and_image_file_show_no_secret():
     sample = Sample("https://me:SECRET@example.org/a.png?SECRET", "the cat")
     assert sample.image_file == "https://example.org/a.png?..."
     assert "SECRET" not in repr(sample)
@@ -402,9 +402,9 @@ PHOTO = (640, 480)
 
 
 @pytest.mark.parametrize(
-    ("boxes", "sizes", "said", "certain"),
+    ("boxes", "sizes", "message", "certain"),
     [
-        # Pixels: nothing is said.
+        # Pixels: nothing is message.
         ([(10, 20, 300, 400)], [PHOTO], None, False),
         ([(0, 0, 640, 480), (0, 0, 644, 490)], [PHOTO] * 2, None, False),  # a little outside
         ([(0, 0, 1, 1)], [(4, 3)], None, False),  # a tiny image
@@ -425,16 +425,16 @@ PHOTO = (640, 480)
         ([(10, 20, 990, 900)] * 20, [(2000, 1500)] * 20, "none of the 20 boxes in images of 1250", False),
     ],
 )  # fmt: skip
-def test_boxes_that_are_no_pixels_are_told(boxes, sizes, said, certain):
+def test_boxes_that_are_not_in_pixels_are_detected(boxes, sizes, message, certain):
     found = find_scale_problem(np.array(boxes, float), np.array(sizes))
-    if said is None:
+    if message is None:
         assert found is None
     else:
-        assert said in found.description
+        assert message in found.description
         assert found.is_error is certain
 
 
-def test_an_error_about_boxes_names_one_and_a_note_only_says_it(caplog):
+def test_box_scale_check_raises_or_warns_with_an_example(caplog):
     boxes = [TrueBox("line 3 (a)", (290, 340, 840, 830), (384, 384))]
     check_box_scale(boxes, "data_file")
     assert "data_file: 1 of 1 boxes" in caplog.text
@@ -444,7 +444,7 @@ def test_an_error_about_boxes_names_one_and_a_note_only_says_it(caplog):
         check_box_scale(boxes * 2, "data_file")
 
 
-def test_of_a_large_data_set_some_images_are_looked_at(folder):
+def test_image_headers_of_a_large_data_set_are_sampled(folder):
     samples = [Sample(Path("images/cat.png"), "the cat", bbox=(0, 0, 4, 3))] * 1000
     found = collect_true_boxes([*samples, Sample(Path("gone.png"), "the cat", bbox=(0, 0, 4, 3))])
     assert len(found) == 1001
@@ -454,7 +454,7 @@ def test_of_a_large_data_set_some_images_are_looked_at(folder):
 @given(
     st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=2), st.none()), max_size=6)
 )
-def test_a_box_is_four_finite_numbers_in_order_or_refused(value):
+def test_check_box_accepts_only_ordered_finite_numbers(value):
     try:
         box = check_box(value)
     except BadLineError:
@@ -470,7 +470,7 @@ corner = st.floats(-1e5, 1e5, width=32)
 
 
 @given(corner, corner, st.floats(0.0078125, 1e5), st.floats(0.0078125, 1e5))
-def test_every_box_of_some_size_is_taken(x, y, width, height):
+def test_check_box_accepts_every_nonempty_box(x, y, width, height):
     assert check_box([x, y, x + width, y + height]) == (x, y, x + width, y + height)
 
 
@@ -486,7 +486,7 @@ fields = ["id", "prompt", "image_path", "bbox", "mask", "layer", "head", "attent
 
 @settings(max_examples=200)
 @given(st.lists(st.dictionaries(st.sampled_from(fields), json_values, max_size=6), min_size=1, max_size=4))
-def test_any_objects_become_samples_or_reasons(entries):
+def test_arbitrary_objects_become_samples_or_errors(entries):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "data.jsonl"
         path.write_text("\n".join(json.dumps(entry) for entry in entries))
@@ -499,7 +499,7 @@ def test_any_objects_become_samples_or_reasons(entries):
 
 @settings(max_examples=200)
 @given(st.binary(max_size=300))
-def test_any_bytes_become_reasons_or_one_error(content):
+def test_arbitrary_bytes_become_line_errors_or_one_error(content):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "data.jsonl"
         path.write_bytes(content)
@@ -517,7 +517,7 @@ def test_any_bytes_become_reasons_or_one_error(content):
 # ------------------------------------------------------------------------------------------------- masks
 
 
-def test_a_mask_is_decoded_and_its_size_compared(folder):
+def test_decode_mask_checks_the_size(folder):
     loaded = load_samples(write(folder, line(mask={"size": [3, 4], "counts": [6, 6]})))
     expected = np.zeros((3, 4), bool)
     expected[:, 2:] = True
@@ -555,7 +555,7 @@ def test_visualization_entries_are_read(folder):
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ("{}", "'attention_file' is missing"),
         ('{"id": "a", "attention_file": "."}', "is a folder"),
@@ -568,8 +568,8 @@ def test_visualization_entries_are_read(folder):
         ("nonsense", "not JSON"),
     ],
 )
-def test_bad_visualization_entries_are_reported(bad, said, folder):
+def test_invalid_visualization_entry_is_reported(bad, message, folder):
     loaded = load_visualization_entries(write(folder, '{"id": "x"}', bad))
     assert len(loaded.entries) == 1
     assert loaded.bad[0].line == 2
-    assert said in loaded.bad[0].reason
+    assert message in loaded.bad[0].reason

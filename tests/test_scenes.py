@@ -43,7 +43,7 @@ def digest(seed):
     return sha256(scene.image.tobytes() + repr(scene.expressions).encode()).hexdigest()
 
 
-def test_a_seed_decides_everything_even_in_another_process():
+def test_seed_determines_the_scene_across_processes():
     code = "from tests.test_scenes import digest; print(*(digest(seed) for seed in range(8)))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.split() == [digest(seed) for seed in range(8)]
@@ -51,7 +51,7 @@ def test_a_seed_decides_everything_even_in_another_process():
 
 
 @pytest.mark.parametrize("style", [None, *STYLES, HELD_OUT_STYLE])
-def test_every_style_draws_every_name(style):
+def test_every_style_has_a_sprite_for_every_name(style):
     for name in NAMES if style else ():
         pixels = artwork.sprite_pixels(style, name, 40, 40)
         assert pixels.shape == (40, 40, 4)
@@ -60,7 +60,7 @@ def test_every_style_draws_every_name(style):
 
 
 @pytest.mark.parametrize("size", [96, 128, 300])
-def test_boxes_are_the_masks_tight_boxes(size):
+def test_boxes_are_tight_around_disjoint_masks(size):
     for seed in SEEDS:
         scene = render_scene(seed, size=size)
         assert scene.image.shape == (size, size, 3)
@@ -73,7 +73,7 @@ def test_boxes_are_the_masks_tight_boxes(size):
             )
 
 
-def test_a_scene_is_the_same_at_any_size():
+def test_scene_is_the_same_at_any_size():
     for seed in SEEDS:
         small, large = render_scene(seed, size=128), render_scene(seed, size=512)
         assert small.expressions == large.expressions
@@ -112,7 +112,7 @@ def could_mean(text, o, scene):
     return o in same and word in (None, o.size_word, o.colour)
 
 
-def test_expressions_mean_their_object_and_no_other():
+def test_expressions_refer_to_exactly_their_object():
     for seed in SEEDS:
         scene = render_scene(seed, size=256)
         for e in scene.expressions:
@@ -140,17 +140,17 @@ def thing(name, x=0.5, y=0.5, colour="plain", size="big"):
         (Phrase(("name", "pizza"), ("relation", "below", "dog")), []),  # which dog?
     ],
 )
-def test_what_a_phrase_could_mean(phrase, meant):
+def test_find_referents(phrase, meant):
     things = [thing("dog", 0.1, 0.50), thing("dog", 0.6, 0.52, "red"), thing("pizza", 0.6, 0.8, "red")]
     assert find_referents(phrase, things) == meant
 
 
-def test_a_plain_red_thing_makes_red_ambiguous():
+def test_perceived_colours_of_untinted_sprites():
     assert "red" in artwork.perceived_colours("noto", "strawberry")
     assert "red" not in artwork.perceived_colours("noto", "panda")
 
 
-def test_fixed_sets_repeat_and_splits_never_meet():
+def test_sample_sets_are_reproducible_and_splits_disjoint():
     first, again = ([e for _, e in scene_samples(20, seed=3)] for _ in range(2))
     assert first == again != [e for _, e in scene_samples(20, seed=4)]
     assert {e.kind for _, e in scene_samples(200)} >= {"name", "place", "colour", "size", "kind", "property"}
@@ -160,7 +160,7 @@ def test_fixed_sets_repeat_and_splits_never_meet():
 
 
 @pytest.mark.parametrize("bars", [(0.2, 0.0), (0.0, 0.1)])
-def test_bars_are_empty_and_of_the_colour_that_is_padded_with(bars):
+def test_bars_are_empty_and_have_the_padding_colour(bars):
     for seed in range(8):
         scene = render_scene(seed, size=100, bars=bars, augment=True)
         across, down = (int(100 * share) for share in bars)
@@ -170,7 +170,7 @@ def test_bars_are_empty_and_of_the_colour_that_is_padded_with(bars):
         assert not any((o.mask & ~inner).any() for o in scene.objects)
 
 
-def test_a_style_may_be_another_atlas(tmp_path):
+def test_style_may_be_the_path_of_an_atlas(tmp_path):
     """It is drawn with, and the names that it lacks are borrowed from the first style."""
     sheet = Image.new("RGBA", (artwork.COLUMNS * artwork.CELL, 8 * artwork.CELL))
     sheet.paste((10, 20, 30, 255), (0, 0, artwork.CELL, artwork.CELL // 2))
@@ -182,13 +182,13 @@ def test_a_style_may_be_another_atlas(tmp_path):
     assert (borrowed == artwork.sprite_pixels(artwork.STYLES[0], NAMES[1], 8, 8)).all()
 
 
-def test_names_come_as_often_as_asked():
+def test_repeats_sets_the_share_of_scenes_with_equal_names():
     for share in (0.0, 1.0):
         scenes = [render_scene(seed, size=32, num_objects=2, repeats=share) for seed in range(40)]
         assert {len({o.name for o in scene.objects}) for scene in scenes} == {2 - share}
 
 
-def test_smaller_canvases_and_augmentation_keep_the_objects():
+def test_smaller_canvas_keeps_the_object_size():
     scene = render_scene(5, size=64, num_objects=1, span=0.5, augment=True)
     (only,) = scene.objects
     assert max(only.box[2] - only.box[0], only.box[3] - only.box[1]) >= 0.25 * 128 - 2
@@ -207,7 +207,7 @@ def texts_of(things: list[Thing], draws: int = 400) -> set[str]:
     return {one.text.removeprefix("the ") for one in found if one.kind != "name"}
 
 
-def test_absent_by_hand() -> None:
+def test_absent_expressions_by_hand() -> None:
     texts = texts_of([DOG, CAT])
     assert {
         "right dog", "dog on the right", "left cat", "dog right of the cat", "cat left of the dog",
@@ -216,7 +216,7 @@ def test_absent_by_hand() -> None:
     assert not {"left dog", "right cat", "red dog", "blue cat", "dog left of the cat", "top dog"} & texts
 
 
-def test_what_may_be_so_is_not_absent() -> None:
+def test_ambiguous_phrases_are_not_absent_expressions() -> None:
     """Two dogs: one of them is the right one, wherever it is; a plain one may be of any of its colours."""
     texts = texts_of([DOG, CAT, OTHER_DOG])
     assert not [
@@ -226,18 +226,18 @@ def test_what_may_be_so_is_not_absent() -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_names_that_are_absent_are_not_there(seed: int) -> None:
+def test_absent_expressions_match_no_object(seed: int) -> None:
     things = render_scene(2**41 + seed, size=32).things
     found = draw_absent_expression(things, Random(seed))
-    said = found.text.removeprefix("the ").split()
+    words = found.text.removeprefix("the ").split()
     if found.kind == "name":
-        assert not any(thing.name in said for thing in things)
+        assert not any(thing.name in words for thing in things)
     elif found.kind == "colour":
-        assert not any(thing.name == said[1] and said[0] in thing.colours for thing in things)
+        assert not any(thing.name == words[1] and words[0] in thing.colours for thing in things)
     assert found.targets == ()
 
 
-def test_plurals_by_hand() -> None:
+def test_plural_expressions_by_hand() -> None:
     texts = {
         found.text: found.targets
         for seed in range(200)
@@ -250,7 +250,7 @@ def test_plurals_by_hand() -> None:
     )
 
 
-def test_a_colour_that_might_fit_another_has_no_plural() -> None:
+def test_colour_that_might_describe_another_object_has_no_plural() -> None:
     red = [DOG, Thing("bus", "red", "big", (0.8, 0.5), frozenset({"red"}))]
     assert (
         draw_plural_expression(red, Random(0)) == draw_plural_expression(red, Random(1))
@@ -260,7 +260,7 @@ def test_a_colour_that_might_fit_another_has_no_plural() -> None:
     assert draw_plural_expression([*red, maybe], Random(0)) is None
 
 
-def test_smaller_objects() -> None:
+def test_smallest_scales_all_objects() -> None:
     def width(smallest: float) -> float:
         scenes = (scene for scene, _ in scene_samples(30, smallest=smallest))
         return float(np.mean([scene.objects[0].box[2] - scene.objects[0].box[0] for scene in scenes]))
@@ -277,7 +277,7 @@ def lines(tmp_path: Path, **options: object) -> list[dict]:
     return [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
 
 
-def test_absent_lines(tmp_path: Path) -> None:
+def test_benchmark_with_absent_expressions(tmp_path: Path) -> None:
     usual, mixed = lines(tmp_path), lines(tmp_path, absent=0.4)
     absents = [line for line in mixed if line.get("absent")]
     assert 4 <= len(absents) <= 16
@@ -286,7 +286,7 @@ def test_absent_lines(tmp_path: Path) -> None:
     assert mixed[:first] == usual[:first]  # the scenes and their other expressions are the same
 
 
-def test_plural_lines(tmp_path: Path) -> None:
+def test_benchmark_with_plural_expressions(tmp_path: Path) -> None:
     for height in (None, 48):
         found = lines(tmp_path / str(height), targets="all", height=height)
         assert found

@@ -64,7 +64,7 @@ def same(a: AttentionMaps, b: AttentionMaps) -> bool:
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
-def test_an_attention_file_comes_back_as_it_was(suffix, tmp_path):
+def test_attention_file_round_trip(suffix, tmp_path):
     path = tmp_path / "attention" / f"example_1{suffix}"
     for maps in (MAPS, replace(MAPS, asked={"conv_mode": "chat", "query_token": "last"})):
         save_attention(maps, path)
@@ -72,7 +72,7 @@ def test_an_attention_file_comes_back_as_it_was(suffix, tmp_path):
     assert load_attention(path).attention.flags.writeable
 
 
-def test_the_pickle_is_the_documented_dict(tmp_path):
+def test_pickle_has_the_documented_keys(tmp_path):
     save_attention(MAPS, tmp_path / "a.pkl")
     content = pickle.loads((tmp_path / "a.pkl").read_bytes())
     assert list(content) == [
@@ -86,14 +86,14 @@ def test_the_pickle_is_the_documented_dict(tmp_path):
     assert {type(value) for value in content.values()} == {int, str, list, np.ndarray}
 
 
-def test_a_slice_that_is_not_contiguous_is_saved_as_it_looks(tmp_path):
+def test_noncontiguous_array_is_saved_correctly(tmp_path):
     maps = replace(MAPS, attention=MAPS.attention.transpose(1, 0, 3, 2)[:, :, ::2])
     for suffix in (".pkl", ".safetensors"):
         save_attention(maps, tmp_path / f"a{suffix}")
         np.testing.assert_array_equal(load_attention(tmp_path / f"a{suffix}").attention, maps.attention)
 
 
-def test_another_suffix_is_refused(tmp_path):
+def test_unknown_suffix_is_rejected(tmp_path):
     with pytest.raises(UsageError, match=r"ends in \.pkl or \.safetensors"):
         save_attention(MAPS, tmp_path / "a.npz")
 
@@ -105,7 +105,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"version": 2}, "version 2"),
         ({"version": True}, "version True"),
@@ -136,24 +136,24 @@ GOOD = {
         ({"asked": ["last"]}, "'asked'"),
     ],
 )
-def test_wrong_content_is_refused_by_name(change, said, tmp_path):
+def test_invalid_field_is_named(change, message, tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps({**GOOD, **change}))
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         load_attention(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [{}, [], 5, "text", {"a": 1}, [[1, 2]], {0: 1}, None])
-def test_a_pickle_of_something_else_is_no_attention_file(content, tmp_path):
+def test_unrelated_pickle_is_rejected(content, tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UsageError, match="not an attention file"):
         load_attention(tmp_path / "a.pkl")
 
 
 @pytest.mark.parametrize("name", ["no.pkl", "no.safetensors", "folder.pkl", "folder.safetensors", "a\0.pkl"])
-def test_a_missing_file_is_named(name, tmp_path):
+def test_missing_attention_file_is_reported(name, tmp_path):
     (tmp_path / "folder.pkl").mkdir()
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(UsageError, match=r"no such file|not a file|null"):
@@ -170,13 +170,13 @@ def test_a_missing_file_is_named(name, tmp_path):
         (60).to_bytes(8, "little") + b'{"attention":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     ],
 )
-def test_broken_safetensors_are_refused(content, tmp_path):
+def test_invalid_safetensors_are_rejected(content, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UsageError, match=r"a\.safetensors"):
         load_attention(tmp_path / "a.safetensors")
 
 
-def test_safetensors_of_another_model_are_refused(tmp_path):
+def test_unrelated_safetensors_are_rejected(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"weight": np.zeros(3, "f4")}, tmp_path / "w.safetensors")
@@ -196,7 +196,7 @@ def test_safetensors_of_another_model_are_refused(tmp_path):
         ((10, 10), (0.0, 0.0, 10.0, 10.0)),
     ],
 )
-def test_the_published_tools_files_are_read(dtype, size, box, tmp_path):
+def test_june_format_is_read(dtype, size, box, tmp_path):
     # As that tool makes them: a slice of all rows and columns, stacked over layers
     rows = torch.rand(2, 3, 7, 20).to(dtype)
     tensor = rows[:, :, -1:, 2:18]
@@ -212,7 +212,7 @@ def test_the_published_tools_files_are_read(dtype, size, box, tmp_path):
 
 @pytest.mark.parametrize("gzipped", [False, True])
 @pytest.mark.parametrize("meta", ["inside", "beside"])
-def test_the_files_of_august_are_read(gzipped, meta, tmp_path):
+def test_august_format_is_read(gzipped, meta, tmp_path):
     tensor = torch.rand(2, 3, 1, 16).half() / 16
     facts = {
         "image_file": "dog.png", "query": "the dog", "image_size": (640, 480), "patch_size": 4,
@@ -231,7 +231,7 @@ def test_the_files_of_august_are_read(gzipped, meta, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["published", "published_august"])
-def test_what_the_published_tools_read_is_written(format, tmp_path):
+def test_published_formats_round_trip(format, tmp_path):
     """Opened as those tools open it: pickle and torch alone; then by our own reader, which gets everything back."""
     attention = np.random.default_rng(0).random((2, 3, 4, 4), dtype=np.float32) / 16
     told = {"image_file": "dog.png", "query": "the dog", "prompt": "USER: the dog", "model": "m", "id": "q"}
@@ -265,7 +265,7 @@ def test_what_the_published_tools_read_is_written(format, tmp_path):
 
 @pytest.mark.parametrize("kept", range(5))
 @pytest.mark.parametrize(("before", "after"), [*permutations(["pkl", "published", "published_august"], 2)])
-def test_a_change_of_format_that_was_cut_short_is_noticed(before, after, kept, tmp_path, monkeypatch):
+def test_interrupted_format_change_is_detected(before, after, kept, tmp_path, monkeypatch):
     """Of its writes and removals all but the first ones are lost: the new format is claimed only where all is there."""
     maps = AttentionMaps(np.full((1, 1, 4, 4), 0.01, np.float32), (0.0, -80.0, 640.0, 560.0), (640, 480))
     path, left = tmp_path / "q.pkl", kept
@@ -293,20 +293,20 @@ def test_a_change_of_format_that_was_cut_short_is_noticed(before, after, kept, t
 
 @pytest.mark.parametrize("format", ["published", "published_august"])
 @pytest.mark.parametrize(
-    ("grid", "box", "said"),
+    ("grid", "box", "message"),
     [
         ((4, 5), (0.0, 0.0, 640.0, 480.0), "only square grids, and this one is 5 x 4"),
         ((4, 4), (0.0, 0.0, 640.0, 480.0), "these maps cover 0 0 640 480 of 640 x 480 pixels"),
     ],
 )
-def test_what_they_would_misplace_is_not_written(format, grid, box, said, tmp_path):
+def test_published_formats_reject_maps_they_cannot_represent(format, grid, box, message, tmp_path):
     maps = AttentionMaps(np.full((1, 1, *grid), 0.01, np.float32), box, (640, 480))
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         save_attention(maps, tmp_path / "q.pkl", format)
     assert not list(tmp_path.iterdir())
 
 
-def test_gzip_is_not_trusted(tmp_path):
+def test_hostile_gzip_is_rejected(tmp_path):
     """Bombs, garbage, half a file, code in the pickle: one line each, and no more unpacked than attention would be."""
     path = tmp_path / "q.pkl.gz"
     bomb = gzip.compress(pickle.dumps(np.zeros((1, 1, 1, 60 << 20), np.uint8)), 1)
@@ -318,10 +318,10 @@ def test_gzip_is_not_trusted(tmp_path):
         whole[:30] + bytes(8) + whole[38:]: "not a readable gzip file",
         gzip.compress(b"cos\nsystem\n(S'true'\ntR."): "refused: the pickle asks for os.system",
     }
-    for content, said in cases.items():
+    for content, message in cases.items():
         path.write_bytes(content)
         tracemalloc.start()
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             load_attention(path)
         assert tracemalloc.get_traced_memory()[1] < 8 * len(content) + (72 << 20)
         tracemalloc.stop()
@@ -329,7 +329,7 @@ def test_gzip_is_not_trusted(tmp_path):
         load_attention(tmp_path / "other.pkl.gz")
 
 
-def test_layers_of_one_sample_each_make_a_file(tmp_path):
+def test_list_of_layers_with_batch_axis_is_read(tmp_path):
     """What `output_attentions` leaves in a list: `[1, H, 1, P*P]` a layer."""
     layers = [torch.rand(1, 4, 1, 9) for _ in range(3)]
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(layers))
@@ -347,7 +347,7 @@ def test_layers_of_one_sample_each_make_a_file(tmp_path):
         np.stack([np.zeros((3, 4, 4)), np.pad([[[1.0]]] * 3, ((0, 0), (0, 3), (0, 3)))]),
     ],
 )
-def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_image(content, tmp_path):
+def test_layers_are_ordered_and_image_size_defaults_to_the_grid(content, tmp_path):
     (tmp_path / "q.pkl").write_bytes(pickle.dumps(content))
     maps = load_attention(tmp_path / "q.pkl")
     assert maps.attention.shape == (2, 3, 4, 4)
@@ -356,7 +356,7 @@ def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_i
 
 
 @pytest.mark.parametrize(
-    ("tensor", "metadata", "said"),
+    ("tensor", "metadata", "message"),
     [
         (torch.zeros(2, 3, 1, 15), {}, "not a square grid"),
         (torch.zeros(6), {}, "must be"),
@@ -377,17 +377,17 @@ def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_i
         ({"attn": "nothing"}, {}, "not an attention file"),
     ],
 )
-def test_broken_files_of_the_published_tool_are_refused(tensor, metadata, said, tmp_path):
+def test_invalid_published_file_is_rejected(tensor, metadata, message, tmp_path):
     (tmp_path / "q.pkl").write_bytes(pickle.dumps(tensor))
     (tmp_path / "q_metadata.pkl").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         load_attention(tmp_path / "q.pkl")
 
 
 # ------------------------------------------------------------------------------------------ other records
 
 
-def test_an_analysis_comes_back_plain_and_without_numpy(tmp_path):
+def test_analysis_round_trip_is_plain(tmp_path):
     heads = [
         {
             "layer": np.int64(3),
@@ -404,13 +404,13 @@ def test_an_analysis_comes_back_plain_and_without_numpy(tmp_path):
 
 
 @pytest.mark.parametrize("content", [{}, 5, [1], [{"layer": 1}], [{"layer": "1", "head": 0}]])
-def test_something_else_is_no_analysis(content, tmp_path):
+def test_unrelated_pickle_is_not_an_analysis(content, tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UsageError, match="not an analysis"):
         load_analysis(tmp_path / "a.pkl")
 
 
-def test_predictions_come_back(tmp_path):
+def test_predictions_round_trip(tmp_path):
     mask = {"size": [2, 2], "counts": "04"}
     predictions = [
         Prediction("a", (0.0, 1.0, 2.5, 3.0), 0.5, mask, (Head(1, 2), Head(3, 4))),
@@ -436,7 +436,7 @@ def test_predictions_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("nonsense", "not JSON"),
         ("{}", "'bbox' is missing"),
@@ -457,16 +457,16 @@ def test_predictions_come_back(tmp_path):
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_broken_prediction_is_named_by_its_line(line, said, tmp_path):
+def test_invalid_prediction_is_reported_with_its_line(line, message, tmp_path):
     good = json.dumps(Prediction("a").to_json())
     (tmp_path / "p.jsonl").write_text(f"{good}\n\n{line}\n")
-    with pytest.raises(UsageError, match=f"line 3: .*{said}") as caught:
+    with pytest.raises(UsageError, match=f"line 3: .*{message}") as caught:
         list(read_predictions(tmp_path / "p.jsonl"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
@@ -482,22 +482,22 @@ def test_a_broken_prediction_is_named_by_its_line(line, said, tmp_path):
         (b"[" + b"[]," * 3_000_000 + b"[]]", "far more lists and objects than text"),
     ],
 )
-def test_json_that_is_refused_is_refused_in_a_line(content, said, tmp_path):
+def test_invalid_json_gives_a_one_line_error(content, message, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         read_json(tmp_path / "a.json", 10 << 20)
     assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
-def test_json_in_another_encoding_and_over_the_limit(tmp_path):
+def test_read_json_tries_encodings_and_limits_size(tmp_path):
     (tmp_path / "a.json").write_bytes(b'["caf\xe9", 1.5, 10]')
     assert read_json(tmp_path / "a.json", 100, encodings=("utf-8", "cp1252")) == ["café", 1.5, 10]
     with pytest.raises(UsageError, match="larger than the limit"):
         read_json(tmp_path / "a.json", 5)
 
 
-def test_json_keeps_its_order_and_takes_no_nan(tmp_path):
+def test_write_json_keeps_order_and_rejects_nan(tmp_path):
     write_json(tmp_path / "h.json", {"b": 1, "a": ["ä"]})
     assert (tmp_path / "h.json").read_bytes() == '{\n  "b": 1,\n  "a": [\n    "ä"\n  ]\n}\n'.encode()
     with pytest.raises(ValueError, match="JSON"):
@@ -505,7 +505,7 @@ def test_json_keeps_its_order_and_takes_no_nan(tmp_path):
     assert json.loads((tmp_path / "h.json").read_text())["b"] == 1
 
 
-def test_csv_is_quoted_and_has_unix_lines(tmp_path):
+def test_csv_is_quoted_and_has_unix_line_ends(tmp_path):
     write_csv(tmp_path / "h.csv", ["layer", "note"], [[1, "a, b"], [2, 'say "x"']])
     assert (tmp_path / "h.csv").read_bytes() == b'layer,note\n1,"a, b"\n2,"say ""x"""\n'
 
@@ -514,7 +514,7 @@ def test_csv_is_quoted_and_has_unix_lines(tmp_path):
 
 
 @pytest.mark.parametrize("id", ["a", "example_1", "cat.left", "图片 1", "a" * 226, "x-y+z", "12"])
-def test_plain_names_are_ids(id, tmp_path):
+def test_plain_names_are_valid_ids(id, tmp_path):
     assert check_id(id) == id
     (tmp_path / f"{id}_visualization_L9999H9999.png").touch()
 
@@ -526,7 +526,7 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize("id", BAD_IDS)
-def test_anything_else_is_no_id(id, tmp_path):
+def test_unsafe_names_are_invalid_ids(id, tmp_path):
     with pytest.raises(ValueError, match="the id") as caught:
         check_id(id)
     assert str(caught.value).isprintable()
@@ -535,7 +535,7 @@ def test_anything_else_is_no_id(id, tmp_path):
 
 
 @given(st.text(max_size=40))
-def test_a_path_made_from_an_id_stays_in_its_folder(id):
+def test_entry_path_stays_in_its_folder(id):
     try:
         path = entry_path("out/attention", id, ".pkl")
     except UsageError:
@@ -543,7 +543,7 @@ def test_a_path_made_from_an_id_stays_in_its_folder(id):
     assert Path(os.path.normpath(path)).parent == Path("out/attention")
 
 
-def test_the_names_beside_an_attention_file():
+def test_companion_paths_of_an_attention_file():
     assert attention_path("o", "a.b", "safetensors") == Path("o/a.b.safetensors")
     assert analysis_path("o/a.b.safetensors") == Path("o/a.b_analysis.pkl")
     assert side_path("o/a.pkl", "_grounding.png") == Path("o/a_grounding.png")
@@ -560,7 +560,7 @@ def _write_and_raise(path: Path, error: type[BaseException]) -> None:
         raise error
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     for error in (RuntimeError, KeyboardInterrupt):
@@ -570,7 +570,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert names_in(tmp_path) == ["file"]
 
 
-def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path):
+def test_new_file_respects_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         with atomic_write(tmp_path / "sub" / "file") as file:
@@ -580,12 +580,12 @@ def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path):
     assert stat.S_IMODE((tmp_path / "sub" / "file").stat().st_mode) == 0o640
 
 
-def test_the_longest_name_can_be_written(tmp_path):
+def test_longest_file_name_can_be_written(tmp_path):
     with atomic_write(tmp_path / ("n" * 255)) as file:
         file.write(b"x")
 
 
-def test_places_that_cannot_be_written_are_named(tmp_path):
+def test_unwritable_location_is_reported(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "x", tmp_path / "folder"):
@@ -598,7 +598,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_a_failure_of_the_work(tmp_path, monkeypatch):
+def test_full_disk_raises_work_error(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -618,7 +618,7 @@ while True:
 """
 
 
-def test_a_killed_writer_never_leaves_half_a_file(tmp_path):
+def test_killed_writer_never_leaves_a_partial_file(tmp_path):
     path = tmp_path / "file"
     for delay in np.linspace(0.0, 0.012, 7):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
@@ -643,7 +643,7 @@ def _check_whole(path: Path) -> None:
     assert len(set(content)) == 1
 
 
-def test_the_temporary_files_of_living_and_foreign_writers_stay(tmp_path):
+def test_temporary_files_of_other_writers_are_kept(tmp_path):
     with atomic_write(tmp_path / "file") as file:
         file.write(b"x")
         other = tmp_path / ".lh-0123456789abcdef-00000000-1-1.tmp"
@@ -664,7 +664,7 @@ with RunLock(sys.argv[1]):
 """
 
 
-def test_a_second_run_is_refused_until_the_first_one_dies(tmp_path):
+def test_lock_is_exclusive_until_its_holder_dies(tmp_path):
     folder = tmp_path / "outputs"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -680,7 +680,7 @@ def test_a_second_run_is_refused_until_the_first_one_dies(tmp_path):
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_lock_reports_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write"), RunLock(tmp_path / "file" / "sub"):
         pass

@@ -50,14 +50,14 @@ class Call:
         [[1, 2]] * 3,  # one list, referred to
     ],
 )
-def test_plain_values_come_back(value, protocol):
+def test_plain_values_round_trip(value, protocol):
     assert loads_pickle(pickle.dumps(value, protocol)) == value
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "f2", "f8", "i8", "u1", "bool"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_come_back(dtype, order, protocol):
+def test_arrays_round_trip(dtype, order, protocol):
     array = np.asarray(np.arange(24).reshape(2, 3, 4) % 5, dtype=dtype, order=order)
     result = loads_pickle(pickle.dumps(array, protocol))
     assert result.dtype == array.dtype
@@ -65,13 +65,13 @@ def test_arrays_come_back(dtype, order, protocol):
     assert not result.flags.writeable
 
 
-def test_arrays_written_by_numpy_1_come_back():
+def test_numpy_1_arrays_are_read():
     old = pickle.dumps(np.arange(6, dtype="f4"), protocol=2).replace(b"numpy._core", b"numpy.core")
     np.testing.assert_array_equal(loads_pickle(old), np.arange(6))
 
 
 @pytest.mark.parametrize("value", [np.float32(1.5), np.int64(7), np.bool_(True), np.float64("inf")])
-def test_numpy_numbers_become_plain(value):
+def test_numpy_scalars_become_python_numbers(value):
     result = loads_pickle(pickle.dumps(value))
     assert result == value
     assert type(result) in (float, int, bool)
@@ -79,20 +79,20 @@ def test_numpy_numbers_become_plain(value):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
-def test_tensors_come_back_without_torch(dtype, protocol):
+def test_tensors_round_trip_as_arrays(dtype, protocol):
     tensor = torch.arange(240).reshape(2, 3, 4, 10).to(dtype)
     for view in (tensor, tensor[:, :, -1:, 2:7], tensor.transpose(0, 3), tensor[:0], tensor[1, 2, 3, 4]):
         expected = view.float().numpy()
         np.testing.assert_array_equal(loads_pickle(pickle.dumps(view, protocol)).astype("f4"), expected)
 
 
-def test_a_tensor_of_a_7b_model_comes_back():
+def test_tensor_of_a_7b_model_is_read():
     """Its strides multiply to far more than its 590,000 numbers, and that is no fault."""
     tensor = torch.arange(32 * 32 * 576, dtype=torch.float32).reshape(32, 32, 1, 576)
     np.testing.assert_array_equal(loads_pickle(pickle.dumps(tensor)), tensor.numpy())
 
 
-def test_reading_a_tensor_imports_no_torch(tmp_path):
+def test_reading_a_tensor_does_not_import_torch(tmp_path):
     (tmp_path / "t.pkl").write_bytes(pickle.dumps(torch.rand(2, 2, 1, 4)))
     code = (
         "import sys; from localization_heads.store.attention_files import load_attention; "
@@ -180,7 +180,7 @@ def _array(count: int) -> bytes:
 
 
 def _bfloat16_by_name(references: int) -> bytes:
-    """`_frombuffer` called again and again for one buffer, whose type is said to be bfloat16."""
+    """`_frombuffer` called again and again for one buffer, whose dtype claims to be bfloat16."""
     constructor = _stack_global("numpy._core.numeric", "_frombuffer") + b"\x94"
     arguments = b"(B" + struct.pack("<I", 1 << 20) + bytes(1 << 20) + b"\x8c\x03bf2J"
     arguments += struct.pack("<i", 1 << 19) + b"\x85\x8c\x01Ct\x94"
@@ -299,7 +299,7 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", list(hostile_pickles("/nowhere")))
-def test_hostile_pickles_are_refused_and_run_nothing(name, tmp_path):
+def test_hostile_pickle_is_refused_and_runs_nothing(name, tmp_path):
     touched = tmp_path / "touched"
     path = tmp_path / "hostile.pkl"
     path.write_bytes(hostile_pickles(str(touched))[name])
@@ -319,7 +319,7 @@ def test_hostile_pickles_are_refused_and_run_nothing(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("attack", "said"),
+    ("attack", "message"),
     [
         ("wide laughs", "more bytes than the file"),
         ("a list in itself", "far deeper"),
@@ -335,8 +335,8 @@ def test_hostile_pickles_are_refused_and_run_nothing(name, tmp_path):
         ("builtins.eval", "^refused: the pickle asks for builtins.eval.* never needs"),
     ],
 )
-def test_the_attack_is_stopped_by_the_rule_made_for_it(attack, said):
-    with pytest.raises(PickleRefusedError, match=said):
+def test_attack_is_stopped_by_the_intended_check(attack, message):
+    with pytest.raises(PickleRefusedError, match=message):
         loads_pickle(hostile_pickles("x")[attack])
 
 
@@ -357,17 +357,17 @@ for path in sys.argv[1:]:
 """
 
 
-def test_graphs_are_refused_within_the_memory_that_is_promised(tmp_path):
+def test_shared_graphs_are_refused_within_the_memory_limit(tmp_path):
     """In a process of its own: the first ones end it where names are hashed before they are known to be text."""
     for number, content in enumerate(GRAPHS.values()):
         (tmp_path / f"{number:02}.pkl").write_bytes(content)
     files = sorted(map(str, tmp_path.iterdir()))
     done = subprocess.run([sys.executable, "-c", LIMIT_MEMORY, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = dict(zip(GRAPHS, done.stdout.splitlines(), strict=True))
-    assert {name: line for name, line in said.items() if line[:2] != ": " or len(line) > 200} == {}
-    assert "whose name is not text" in said["a name of nested tuples"]
-    assert "more bytes than the file" in said["a list of one array"]
+    messages = dict(zip(GRAPHS, done.stdout.splitlines(), strict=True))
+    assert {name: line for name, line in messages.items() if line[:2] != ": " or len(line) > 200} == {}
+    assert "whose name is not text" in messages["a name of nested tuples"]
+    assert "more bytes than the file" in messages["a list of one array"]
 
 
 PIECES = {
@@ -426,27 +426,27 @@ def _unfolded(value) -> int:
 @example([("bytearray", 0, 0, 20_000), ("latin1", 0, 0, 0), ("list", 0, 0, 20_000)])
 @example([("nest", 0, 0, 20_000), ("name", 0, 0, 0)])
 @example([("number", 0, 0, 20_000), ("dicts", 0, 0, 20_000)])
-def test_any_graph_is_read_or_refused_within_its_budget(pieces):
+def test_arbitrary_graph_stays_within_its_budget(pieces):
     content = _graph(pieces)
     allowed = 8 * len(content) + (64 << 20)
     tracemalloc.start()
-    value, said = None, ""
+    value, message = None, ""
     try:
         value = loads_pickle(content)
     except PickleRefusedError as error:
-        said = str(error)
+        message = str(error)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < allowed and _unfolded(value) < allowed
-    assert "\n" not in said and len(said) < 200
+    assert "\n" not in message and len(message) < 200
 
 
-def test_the_tensors_made_by_hand_are_good_but_for_their_fault():
+def test_handmade_tensor_without_a_fault_is_read():
     np.testing.assert_array_equal(loads_pickle(_hostile_tensor(4, (2, 2), (2, 1))), np.zeros((2, 2)))
 
 
-def test_a_memo_number_takes_no_memory():
+def test_large_memo_index_takes_no_memory():
     """Python's own unpickler makes room for four billion entries here."""
     tracemalloc.start()
     with pytest.raises(PickleRefusedError, match="more bytes than the file"):
@@ -455,14 +455,14 @@ def test_a_memo_number_takes_no_memory():
     tracemalloc.stop()
 
 
-def test_reading_leaves_the_constructors_as_they_were():
+def test_reading_does_not_modify_constructors():
     """An unpickler that sets state on what it looked up could be poisoned for the next file."""
     with pytest.raises(PickleRefusedError):
         loads_pickle(hostile_pickles("x")["state set on a constructor"])
     np.testing.assert_array_equal(loads_pickle(pickle.dumps(np.arange(3), protocol=2)), np.arange(3))
 
 
-def test_every_cut_of_a_good_file_is_refused():
+def test_every_truncation_is_refused():
     content = pickle.dumps({"attention": np.zeros((1, 1, 2, 2), "f4"), "t": torch.zeros(2)}, protocol=4)
     for end in range(len(content)):
         with pytest.raises(PickleRefusedError):
@@ -471,7 +471,7 @@ def test_every_cut_of_a_good_file_is_refused():
 
 @settings(max_examples=300)
 @given(st.data())
-def test_damage_is_refused_or_read_but_never_anything_else(data):
+def test_corrupted_pickle_is_read_or_refused(data):
     content = bytearray(pickle.dumps({"a": np.arange(3.0), "t": torch.zeros(2), "l": [1, "x"]}, protocol=4))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -481,6 +481,6 @@ def test_damage_is_refused_or_read_but_never_anything_else(data):
 
 @settings(max_examples=300)
 @given(st.binary(max_size=200))
-def test_noise_is_refused_or_read_but_never_anything_else(content):
+def test_random_bytes_are_read_or_refused(content):
     with contextlib.suppress(PickleRefusedError):
         loads_pickle(b"\x80\x04" + content)

@@ -47,7 +47,7 @@ def check(store, *numbers):
         assert view.dtype == expected.dtype
 
 
-def test_rows_come_back_in_the_order_asked_for(tmp_path):
+def test_rows_are_in_the_requested_order(tmp_path):
     store = open_store(tmp_path)
     store.append(keys_of(0, 1, 2), *values_of(0, 1, 2))
     store.append(keys_of(3), *values_of(3))
@@ -56,7 +56,7 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     check(open_store(tmp_path), 1, 3)
 
 
-def test_a_view_is_indexed_like_an_array(tmp_path):
+def test_view_is_indexed_like_an_array(tmp_path):
     store = open_store(tmp_path)
     store.append(keys_of(*range(6)), *values_of(*range(6)))
     view = store.rows(keys_of(4, 2, 0, 5)).attention_sum
@@ -75,13 +75,13 @@ def test_a_view_is_indexed_like_an_array(tmp_path):
     np.testing.assert_array_equal(np.stack(list(view)), expected)
 
 
-def test_an_empty_store_has_empty_rows(tmp_path):
+def test_empty_store_has_empty_rows(tmp_path):
     rows = open_store(tmp_path).rows([])
     assert len(rows) == 0
     assert rows.attention_sum[:].shape == (0, L, H)
 
 
-def test_the_ranking_of_the_rows_is_that_of_the_arrays(tmp_path):
+def test_ranking_from_disk_equals_ranking_from_memory(tmp_path):
     store = open_store(tmp_path)
     numbers = list(range(30))
     store.append(keys_of(*numbers), *values_of(*numbers))
@@ -97,7 +97,7 @@ def test_the_ranking_of_the_rows_is_that_of_the_arrays(tmp_path):
     assert from_disk == rank_heads(sums, entropies, bottom_row=bottom, num_samples=20, seed=3)
 
 
-def test_the_first_of_two_of_a_key_is_kept(tmp_path):
+def test_first_record_of_a_key_is_kept(tmp_path):
     store = open_store(tmp_path)
     store.append(keys_of(0, 1, 0), *values_of(0, 1, 2))
     store.append(keys_of(1, 5), *values_of(7, 5))
@@ -105,21 +105,21 @@ def test_the_first_of_two_of_a_key_is_kept(tmp_path):
     assert len(open_store(tmp_path)) == 3
 
 
-def test_other_settings_and_shapes_have_files_of_their_own(tmp_path):
+def test_settings_and_shapes_have_separate_files(tmp_path):
     open_store(tmp_path, model="a").append(keys_of(0), *values_of(0))
     assert len(open_store(tmp_path, model="b")) == 0
     assert len(StatisticsStore(tmp_path, settings={"model": "a"}, num_layers=H, num_heads=L)) == 0
     assert len(open_store(tmp_path, model="a")) == 1
 
 
-def test_records_of_other_settings_do_not_pass(tmp_path):
+def test_records_of_other_settings_fail_the_checksum(tmp_path):
     one, two = open_store(tmp_path, model="a"), open_store(tmp_path, model="b")
     one.append(keys_of(0), *values_of(0))
     two.path.write_bytes(one.path.read_bytes())
     assert len(open_store(tmp_path, model="b")) == 0
 
 
-def test_every_torn_tail_is_dropped_and_made_again(tmp_path):
+def test_partial_last_record_is_dropped(tmp_path):
     store = open_store(tmp_path)
     store.append(keys_of(0, 1), *values_of(0, 1))
     whole = store.path.read_bytes()
@@ -131,7 +131,7 @@ def test_every_torn_tail_is_dropped_and_made_again(tmp_path):
         assert store.path.read_bytes() == whole
 
 
-def test_a_damaged_record_is_left_out_and_made_again(tmp_path):
+def test_damaged_record_is_skipped_and_rewritten(tmp_path):
     store = open_store(tmp_path)
     store.append(keys_of(0, 1, 2), *values_of(0, 1, 2))
     content = bytearray(store.path.read_bytes())
@@ -157,14 +157,14 @@ def test_a_damaged_record_is_left_out_and_made_again(tmp_path):
         lambda sums, *others: (np.full_like(sums, np.nan), *others),
     ],
 )
-def test_wrong_values_are_refused_and_nothing_is_written(spoil, tmp_path):
+def test_invalid_arrays_are_rejected_before_writing(spoil, tmp_path):
     store = open_store(tmp_path)
     with pytest.raises(ValueError, match="attention_sum"):
         store.append(keys_of(0, 1), *spoil(*values_of(0, 1)))
     assert not store.path.exists()
 
 
-def test_a_failing_disk_leaves_whole_records(tmp_path, monkeypatch):
+def test_failing_disk_leaves_complete_records(tmp_path, monkeypatch):
     store = open_store(tmp_path)
     store.append(keys_of(0), *values_of(0))
     for error, raised in (
@@ -185,7 +185,7 @@ def test_a_failing_disk_leaves_whole_records(tmp_path, monkeypatch):
     check(open_store(tmp_path), 0, 1)
 
 
-def test_a_store_that_cannot_be_made_is_named(tmp_path):
+def test_store_in_an_unwritable_place_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write"):
         open_store(tmp_path / "file")
@@ -202,7 +202,7 @@ for n in range(10_000):
 """
 
 
-def test_a_killed_writer_loses_at_most_the_last_chunk(tmp_path):
+def test_killed_writer_loses_at_most_the_last_chunk(tmp_path):
     for delay in (0.0, 0.003, 0.007):
         here = str(Path(__file__).parent)
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), here], stdout=subprocess.PIPE)
@@ -219,7 +219,7 @@ def test_a_killed_writer_loses_at_most_the_last_chunk(tmp_path):
         check(store, *range(done))
 
 
-def test_the_key_tells_samples_apart(tmp_path):
+def test_sample_key_identifies_a_sample(tmp_path):
     image = tmp_path / "a.png"
     image.write_bytes(b"x")
     first = sample_key("a cat", image, "id")
@@ -233,7 +233,7 @@ def test_the_key_tells_samples_apart(tmp_path):
     assert len(others) == 6
 
 
-def test_the_key_of_an_image_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+def test_sample_key_is_independent_of_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     assert sample_key("e", "a.png") == sample_key("e", tmp_path / "a.png")

@@ -55,7 +55,7 @@ def greys(path: Path, fps: float | None = None) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def test_every_frame_and_some_a_second(tmp_path: Path) -> None:
+def test_frames_are_sampled_by_fps(tmp_path: Path) -> None:
     path = clip(tmp_path / "clip.mp4")
     video = open_video(path)
     assert (video.size, video.rate, video.count) == ((64, 48), 10, 10)
@@ -66,7 +66,7 @@ def test_every_frame_and_some_a_second(tmp_path: Path) -> None:
     assert [frame.time for frame in frames(video, 5)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
 
 
-def test_frames_that_are_known_are_not_decoded(tmp_path: Path) -> None:
+def test_known_frames_are_not_decoded(tmp_path: Path) -> None:
     found = list(frames(open_video(clip(tmp_path / "clip.mp4")), 5, lambda place: place < 3))
     assert [frame.number for frame in found] == [0, 2, 4, 6, 8]
     assert [frame.image is None for frame in found] == [True, True, True, False, False]
@@ -75,13 +75,15 @@ def test_frames_that_are_known_are_not_decoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "written"), [((65, 47), (64, 48)), ((4000, 30), (1920, 14)), ((1, 1), (2, 2))]
 )
-def test_a_video_that_is_written(size: tuple[int, int], written: tuple[int, int], tmp_path: Path) -> None:
+def test_written_video_is_scaled_and_even(
+    size: tuple[int, int], written: tuple[int, int], tmp_path: Path
+) -> None:
     """Sides that the coding takes, and none beyond the limit."""
     assert open_video(clip(tmp_path / "clip.mp4", 2, size=size)).size == written
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
 
 
-def test_nothing_is_left_of_a_video_that_failed(tmp_path: Path) -> None:
+def test_failed_video_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), write_video(tmp_path / "clip.mp4", (64, 48), 10):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
@@ -97,20 +99,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_video_is_refused(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_video_is_rejected(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In one line, and without a word of FFmpeg's."""
-    content, said = REFUSED[name]
+    content, message = REFUSED[name]
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=said) as caught:
+    with pytest.raises(ImageError, match=message) as caught:
         open_video(path)
     assert "\n" not in str(caught.value)
     assert not capfd.readouterr().err
 
 
-def test_a_huge_picture_is_refused_before_it_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oversized_video_is_rejected_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(videos, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(ImageError, match="64 x 48 pixels"):
         open_video(clip(tmp_path / "clip.mp4"))
@@ -119,7 +119,7 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(
 # ----------------------------------------------------------------------------------------------- boxes over time
 
 
-def test_smoothed_by_hand() -> None:
+def test_smooth_boxes_by_hand() -> None:
     """b_t = w b_(t-1) + (1 - w) x_t, anew after a gap."""
     boxes = [(0, 0, 10, 10), (8, 0, 18, 10), (8, 4, 18, 14), None, (8, 4, 18, 14)]
     assert list(smooth_boxes(boxes, 0.25)) == [
@@ -132,7 +132,7 @@ def test_smoothed_by_hand() -> None:
     assert list(smooth_boxes(boxes, 0)) == boxes
 
 
-def test_the_timeline_fits_its_sheet() -> None:
+def test_timeline_text_fits() -> None:
     """With a long expression, gaps and failures."""
     found = [
         Prediction("a", (0, 0, 8, 8), 0.5, heads=(Head(0, 0),), frame=0, time=0.0, confidence=0.2),
@@ -156,7 +156,7 @@ OPTIONS = (
 )
 
 
-def test_a_line_a_frame_a_video_and_a_timeline(front: Front) -> None:
+def test_run_writes_predictions_video_and_timeline(front: Front) -> None:
     clip(Path("clip.mp4"), 6)
     result = front.finder(*OPTIONS, "fps=5", "smoothing=0.5")
     assert result.status == 0, result.err
@@ -170,7 +170,7 @@ def test_a_line_a_frame_a_video_and_a_timeline(front: Front) -> None:
     assert not list(front.out.glob(".video*")), "the log of a run that ended is gone"
 
 
-def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_resumes_with_identical_results(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     clip(Path("clip.mp4"), 6)
     options = (*OPTIONS, "fps=null", "batch_size=2")
     assert front.finder(*options).status == 0
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: p
     assert (front.out / "predictions.jsonl").read_bytes() == whole
 
 
-def test_what_a_calibration_weighs_is_asked_of_every_frame(front: Front) -> None:
+def test_calibration_signals_are_computed_for_every_frame(front: Front) -> None:
     """Presence needs questions beside the expression; the same image alone has the same answer."""
     clip(Path("clip.mp4"), 2)
     fitted = (
@@ -222,7 +222,7 @@ def test_what_a_calibration_weighs_is_asked_of_every_frame(front: Front) -> None
     assert frame["calibrated"] and alone["calibrated"]
 
 
-def test_what_follows_a_broken_frame_is_read(tmp_path: Path) -> None:
+def test_frames_after_a_broken_frame_are_read(tmp_path: Path) -> None:
     """The data of the fourth frame are zeros: OpenCV's reader says at that place what it says at the end."""
     content = bytearray(clip(tmp_path / "clip.mp4").read_bytes())
     starts = [at for at in range(len(content)) if content.startswith(b"\0\0\1\xb6", at)]
@@ -236,7 +236,7 @@ def test_what_follows_a_broken_frame_is_read(tmp_path: Path) -> None:
     assert [one.number for one in frames(open_video(path), fps=3.0)] == [0, 4, 7]
 
 
-def test_a_broken_frame_is_named_and_skipped(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_frame_is_reported_and_skipped(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     clip(Path("clip.mp4"), 4)
 
     def broken(*arguments, **named) -> Iterator[Frame]:
@@ -251,17 +251,17 @@ def test_a_broken_frame_is_named_and_skipped(front: Front, monkeypatch: pytest.M
     assert [line["error"] for line in lines] == [None, None, "the frame is broken", None]
 
 
-def test_a_video_that_ends_early_is_noted(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_video_that_ends_early_is_reported(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """The header states ten frames; all come, then five, for which a header may not be wrong."""
     clip(Path("clip.mp4"), 10)
-    said = "the last 5 or so of the 10 frames that its header states are not there"
-    assert said not in front.finder(*OPTIONS, "fps=null").err
+    message = "the last 5 or so of the 10 frames that its header states are not there"
+    assert message not in front.finder(*OPTIONS, "fps=null").err
     monkeypatch.setattr(stage, "frames", lambda *given: islice(frames(*given), 5))
-    assert said in front.finder(*OPTIONS, "fps=null", "smoothing=0").err
+    assert message in front.finder(*OPTIONS, "fps=null", "smoothing=0").err
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["video_file=no.mp4"], "no.mp4: no such file"),
         (["image_file=cat.png"], "leave out image_file="),
@@ -271,20 +271,20 @@ def test_a_video_that_ends_early_is_noted(front: Front, monkeypatch: pytest.Monk
         (["smoothing=1"], "smoothing"),
     ],
 )
-def test_wrong_use(more: list[str], said: str, front: Front) -> None:
+def test_usage_errors(more: list[str], message: str, front: Front) -> None:
     clip(Path("clip.mp4"), 2)
     named = {option.partition("=")[0] for option in more}
     options = [option for option in OPTIONS if option.partition("=")[0] not in named]
     result = front.finder(*options, *more)
     assert result.status == 2
-    assert said in result.err
+    assert message in result.err
 
 
 # ------------------------------------------------------------------------------------------------ moving scenes
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_moving_scene(seed: int) -> None:
+def test_moving_scene_is_continuous(seed: int) -> None:
     """It begins as the scene of its seed; then objects move, stay inside, and do not hide each other."""
     seed += TEST_SEEDS.start
     first, *rest = moving_scene(seed, 12, size=96)
@@ -305,7 +305,7 @@ def test_a_moving_scene(seed: int) -> None:
     assert moved > 5
 
 
-def test_an_entry_a_frame(tmp_path: Path) -> None:
+def test_moving_scenes_have_an_entry_per_frame(tmp_path: Path) -> None:
     options = ScenesOptions(count=2, size=64, frames=3, folder=str(tmp_path))
     entries = read_lines(write_scenes(options))
     assert [entry["id"] for entry in entries[:4]] == [
