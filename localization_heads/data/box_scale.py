@@ -60,15 +60,15 @@ def check_box_scale(boxes: Sequence[TrueBox], source: str) -> None:
     """Raise UsageError, naming `source`, if the boxes are certainly not in pixels; warn if they may not be."""
     if not boxes:
         return
-    sizes = np.array([one.size or (0, 0) for one in boxes])
-    problem = find_scale_problem(np.array([one.box for one in boxes]), sizes)
+    sizes = np.array([box.size or (0, 0) for box in boxes])
+    problem = find_scale_problem(np.array([box.box for box in boxes]), sizes)
     if problem is None:
         return
-    one = boxes[problem.example]
-    box = ", ".join(f"{number:g}" for number in one.box)
-    size = f" in an image of {one.size[0]} x {one.size[1]} pixels" if one.size else ""
+    example = boxes[problem.example]
+    coordinates = ", ".join(f"{number:g}" for number in example.box)
+    size = f" in an image of {example.size[0]} x {example.size[1]} pixels" if example.size else ""
     message = (
-        f"{source}: {problem.description}, such as [{box}]{size} ({one.name}); "
+        f"{source}: {problem.description}, such as [{coordinates}]{size} ({example.name}); "
         "boxes must be pixels, [x0, y0, x1, y1]"
     )
     if problem.is_error:
@@ -109,22 +109,24 @@ def find_scale_problem(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) 
     >>> find_scale_problem(boxes, np.array([[640, 480], [640, 480]]))
     ScaleProblem(description='all 2 boxes lie within the first pixel: they look like 0 to 1', example=0, is_error=True)
     """
-    known = (sizes > 0).all(1)
-    in_first_pixel = ((boxes >= -0.1) & (boxes <= 1.1)).all(1) & ~(known & (sizes <= TINY_IMAGE_SIDE).any(1))
+    has_size = (sizes > 0).all(1)
+    in_first_pixel = ((boxes >= -0.1) & (boxes <= 1.1)).all(1) & ~(
+        has_size & (sizes <= TINY_IMAGE_SIDE).any(1)
+    )
     if in_first_pixel.any():
         count = "all" if in_first_pixel.all() else f"{in_first_pixel.sum()} of the"
         description = f"{count} {len(boxes)} boxes lie within the first pixel: they look like 0 to 1"
         return ScaleProblem(description, int(in_first_pixel.argmax()), bool(in_first_pixel.all()))
-    beyond = known & (boxes[:, 2:] > sizes * (1 + OVERHANG)).any(1)
+    beyond = has_size & (boxes[:, 2:] > sizes * (1 + OVERHANG)).any(1)
     within_1000 = bool(((boxes >= 0) & (boxes <= 1000)).all())
     if beyond.any():
-        count = f"{beyond.sum()} of {known.sum()} boxes reach far beyond their images"
+        count = f"{beyond.sum()} of {has_size.sum()} boxes reach far beyond their images"
         explanation = (
             "they look like 0 to 1000, or like pixels of larger copies"
             if within_1000
             else "of larger copies?"
         )
-        is_error = within_1000 and beyond.sum() >= max(2, known.sum() / 2)
+        is_error = within_1000 and beyond.sum() >= max(2, has_size.sum() / 2)
         return ScaleProblem(f"{count}: {explanation}", int(beyond.argmax()), bool(is_error))
     large = (sizes >= LARGE_IMAGE_SIDE).all(1)
     if within_1000 and large.sum() >= MIN_LARGE_IMAGES and boxes[large].max() > 500:

@@ -98,12 +98,12 @@ def scan_problem(file: BinaryIO) -> str | None:
 
 def _has_many_scans(content: bytes) -> bool:
     scans, offset = 0, 2
-    while scans <= MAX_SCANS and (marker := _MARKER_PATTERN.search(content, offset)):
-        kind, offset = marker[1][0], marker.end()
-        if kind == 0xD9:  # end of image; anything after it is ignored
+    while scans <= MAX_SCANS and (match := _MARKER_PATTERN.search(content, offset)):
+        marker, offset = match[1][0], match.end()
+        if marker == 0xD9:  # end of image; anything after it is ignored
             return False
-        scans += kind == 0xDA
-        if kind not in (0x01, 0xD8):
+        scans += marker == 0xDA  # start of scan
+        if marker not in (0x01, 0xD8):  # markers without a segment
             offset += int.from_bytes(content[offset : offset + 2])
     return scans > MAX_SCANS
 
@@ -111,10 +111,10 @@ def _has_many_scans(content: bytes) -> bool:
 def _jpeg_tag_blocks(file: BinaryIO) -> list[bytes]:
     """The EXIF and multi-picture (MPF) blocks in a JPEG's header, assembled as Pillow does."""
     exif, multi_picture = b"", b""
-    for kind, content in _header_segments(file):
-        if kind == 0xFFE1 and content.startswith(b"Exif\0\0"):
+    for marker, content in _header_segments(file):
+        if marker == 0xFFE1 and content.startswith(b"Exif\0\0"):
             exif += content[6:]
-        elif kind == 0xFFE2 and content.startswith(b"MPF\0"):
+        elif marker == 0xFFE2 and content.startswith(b"MPF\0"):
             multi_picture = content[4:]
     return [_strip_exif_prefix(exif), multi_picture]
 
@@ -126,15 +126,15 @@ def _header_segments(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if byte != b"\xff":
             byte = file.read(1)
             continue
-        kind = 0xFF00 | (file.read(1) or b"\0")[0]
-        if kind == 0xFFFF:
+        marker = 0xFF00 | (file.read(1) or b"\0")[0]
+        if marker == 0xFFFF:
             continue
-        if kind != 0xFF00:
-            if kind not in MARKER or kind == 0xFFDA:
+        if marker != 0xFF00:
+            if marker not in MARKER or marker == 0xFFDA:
                 return
-            if MARKER[kind][2] is not None:
+            if MARKER[marker][2] is not None:
                 length = int.from_bytes(file.read(2))
-                yield kind, file.read(max(length - 2, 0))
+                yield marker, file.read(max(length - 2, 0))
         byte = file.read(1)
 
 
@@ -182,9 +182,9 @@ def _read_directory(file: BinaryIO, offset: int, order: ByteOrder, is_bigtiff: b
         entries = file.read(min(count * entry.size, 1 << 30))
     except (OSError, ValueError, OverflowError):  # an impossible offset
         return
-    for signature in range(0, len(entries) - entry.size + 1, entry.size):
-        number, kind, length, content = entry.unpack_from(entries, signature)
-        width = _TYPE_BYTES.get(kind, 0)
+    for start in range(0, len(entries) - entry.size + 1, entry.size):
+        number, value_type, count, content = entry.unpack_from(entries, start)
+        width = _TYPE_BYTES.get(value_type, 0)
         value = int.from_bytes(content[:width], order)
-        single = length == 1 and kind in (1, 3, 4, 13, 16) and width <= len(content)
-        yield Tag(number, length * width, value if single else None)
+        is_single_integer = count == 1 and value_type in (1, 3, 4, 13, 16) and width <= len(content)
+        yield Tag(number, count * width, value if is_single_integer else None)

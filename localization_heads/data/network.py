@@ -113,9 +113,9 @@ def _fetch(address: Address, max_bytes: int, deadline: float) -> bytes:
 def _open_response(address: Address, url: httpx.URL) -> Iterator[httpx.Response]:
     """The response to one GET request. Uses a transport because a client would log the full address."""
     proxy = _find_proxy(url)
-    found = _resolve_host(address, url, proxy)
+    ip_addresses = _resolve_host(address, url, proxy)
     with _open_address_transport(address, proxy) as transport:
-        response = _request_from_first_reachable(transport, [None] if proxy else found, url)
+        response = _request_from_first_reachable(transport, [None] if proxy else ip_addresses, url)
         try:
             yield response
         finally:
@@ -172,12 +172,12 @@ def _resolve_host(address: Address, url: httpx.URL, proxy: str | None) -> list[s
     if not host:
         raise ImageError(address, "names no host")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         if proxy:
             return []
         raise
-    ip_addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    ip_addresses = list(dict.fromkeys(str(entry[4][0]) for entry in resolved))
     if not address.allow_private and not all(is_public(ip_text) for ip_text in ip_addresses):
         raise ImageError(address, PRIVATE_MESSAGE)
     return ip_addresses

@@ -128,11 +128,11 @@ class Source(ABC):
         for row, values in enumerate(self.iterate_rows()):
             split = self.row_split(values)
             try:
-                found = self.row_entries(row, values)
+                items = self.row_entries(row, values)
             except (BadLineError, UsageError) as error:
                 failures.append(IndexFailure(row + 1, self.row_name(row), str(error), split))
                 continue
-            for item in found:
+            for item in items:
                 if isinstance(item, IndexEntry):
                     entries.append(item)
                 else:
@@ -283,13 +283,13 @@ def find_image_folders(images: Path | None, annotation_folder: Path, *names: str
     root = images or annotation_folder
     if images is not None and not images.is_dir():
         raise UsageError(f"images={images}: no such folder")
-    found = [folder for name in names if (folder := root / name).is_dir()]
-    if images is None and not found:
+    folders = [folder for name in names if (folder := root / name).is_dir()]
+    if images is None and not folders:
         usual = " or ".join(str(annotation_folder / name) for name in names)
         raise UsageError(
             f"images= is missing: name the folder of the (unpacked) images, or put it at {usual}"
         )
-    return [*([images] if images else []), *found]
+    return [*([images] if images else []), *folders]
 
 
 def read_json_list(path: Path) -> list[Any]:
@@ -302,10 +302,10 @@ def read_json_list(path: Path) -> list[Any]:
 
 def short_fields(entry: dict[str, Any], *names: str) -> dict[str, str | int | float | bool]:
     """The given fields whose values are numbers, or texts of at most 200 characters."""
-    found = {name: entry.get(name) for name in names}
+    values = {name: entry.get(name) for name in names}
     return {
         name: value
-        for name, value in found.items()
+        for name, value in values.items()
         if (isinstance(value, str) and len(value) <= 200)
         or (isinstance(value, int | float) and abs(value) < 10**18)  # false for NaN
     }

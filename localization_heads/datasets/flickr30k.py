@@ -121,10 +121,10 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
     boxes: dict[str, list[Box]] = {}
     try:
         for element in ElementTree.fromstring(text).iter("object"):
-            found = element.find("bndbox")
-            if found is not None:
+            bndbox = element.find("bndbox")
+            if bndbox is not None:
                 x0, y0, x1, y1 = (
-                    float(found.findtext(name) or "") - 1 for name in ("xmin", "ymin", "xmax", "ymax")
+                    float(bndbox.findtext(name) or "") - 1 for name in ("xmin", "ymin", "xmax", "ymax")
                 )
                 for name in element.findall("name"):
                     boxes.setdefault((name.text or "").strip(), []).append((x0, y0, x1, y1))

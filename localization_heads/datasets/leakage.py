@@ -24,16 +24,16 @@ KEY_DIGITS = 16
 
 def image_keys(samples: Iterable[Sample]) -> list[str | None]:
     """A key that identifies each sample's image; None for an image in memory or an unreadable one."""
-    known: dict[str, str | None] = {}
+    cache: dict[str, str | None] = {}
     keys: list[str | None] = []
     for sample in samples:
         if sample.picture:
             keys.append(sample.picture)
             continue
         name = sample.image_key
-        if name not in known:
-            known[name] = _file_key(name)
-        keys.append(known[name])
+        if name not in cache:
+            cache[name] = _file_key(name)
+        keys.append(cache[name])
     return keys
 
 
@@ -41,8 +41,8 @@ def _file_key(name: str) -> str | None:
     """The key of a file, from its COCO id or else its content; of an address, from its text."""
     if not name or "\0" in name:  # in memory, or several images
         return None
-    if known := coco_picture_from_name(Path(name).name):
-        return known
+    if picture := coco_picture_from_name(Path(name).name):
+        return picture
     if is_address(name):
         return "address:" + hashlib.sha256(name.encode()).hexdigest()[:KEY_DIGITS]
     try:

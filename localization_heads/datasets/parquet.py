@@ -237,21 +237,21 @@ class _PageHeader:
         """The 32-bit integers of the struct at `position`, by field id; other fields are skipped."""
         integers: dict[int, int] = {}
         field = 0
-        while kind := (byte := self._byte()) & 15:  # 0 ends the struct
+        while field_type := (byte := self._byte()) & 15:  # 0 ends the struct
             field += byte >> 4
             if not byte >> 4 or field > _MAX_FIELD or depth > _MAX_DEPTH:
                 raise UnreadablePageError("a page header in an unknown form")
-            if kind == 5:
+            if field_type == 5:  # i32
                 value = self._varint()
                 integers[field] = (value >> 1) ^ -(value & 1)
-            elif kind in (4, 6):
+            elif field_type in (4, 6):  # i16, i64
                 self._varint()
-            elif kind == 8:
+            elif field_type == 8:  # binary
                 length = self._varint()
                 self.position += length
-            elif kind == 12:
+            elif field_type == 12:  # struct
                 self.integers(depth + 1)
-            elif kind not in (1, 2):  # booleans are encoded in the field type
+            elif field_type not in (1, 2):  # booleans are encoded in the field type
                 raise UnreadablePageError("a page header in an unknown form")
         return integers
 
@@ -318,10 +318,10 @@ def split_from_path(path: Path) -> str:
     'testA'
     """
     for name in (path.name, path.parent.name):
-        found = {_SPLIT_NAMES[word] for word in re.split(r"[^A-Za-z]+", name) if word in _SPLIT_NAMES}
-        if len(found) == 1:
-            return found.pop()
-        if found:
+        splits = {_SPLIT_NAMES[word] for word in re.split(r"[^A-Za-z]+", name) if word in _SPLIT_NAMES}
+        if len(splits) == 1:
+            return splits.pop()
+        if splits:  # ambiguous
             break
     raise UsageError(
         f"{path}: its name does not contain its split; rename it as in val-00000-of-00001.parquet"

@@ -195,16 +195,16 @@ def _file_stem(options: FinderOptions, source: Source, split: str, number: int |
     return "-".join(part for part in parts if part)
 
 
-def _log_notes(options: FinderOptions, source: Source, split: str, found: Counts) -> None:
+def _log_notes(options: FinderOptions, source: Source, split: str, counts: Counts) -> None:
     for note in source.notes:
         log.warning("%s", note)
     official = OFFICIAL_COUNTS.get((str(options.dataset), split))
-    if official and found != official:
+    if official and counts != official:
         log.warning(
             "%s %s has %d references and %d expressions here, %d and %d in papers: numbers do not compare",
             options.dataset,
             split,
-            *found,
+            *counts,
             *official,
         )
 

@@ -305,9 +305,9 @@ class GRefCoco(CocoReferences):
         for box in boxes:
             check_box_inside(box, size)
         masks = [parse_segmentation(annotation.get("segmentation")) for annotation in annotations]
-        known = [mask for mask in masks if mask is not None]
-        is_complete = boxes and len(known) == len(boxes)  # a union of some would be wrong
-        mask = merge_masks(known) if is_complete else None
+        present = [mask for mask in masks if mask is not None]
+        is_complete = boxes and len(present) == len(boxes)  # a union of only some would be wrong
+        mask = merge_masks(present) if is_complete else None
         return Record(row, file, size, mask=mask, boxes=boxes, absent=not boxes, extra=extra)
 
 

@@ -27,7 +27,7 @@ def _find_files(path: Path, *patterns: str) -> list[Path]:
     """The file itself, or the files in a folder that match the first pattern with any match."""
     if path.is_file():
         return [path]
-    return next((found for pattern in patterns if (found := sorted(path.glob(pattern)))), [])
+    return next((files for pattern in patterns if (files := sorted(path.glob(pattern)))), [])
 
 
 def _find_parquets(path: Path, kind: type[ParquetSource]) -> list[Path]:
@@ -211,12 +211,12 @@ def _find_split_folders(root: Path, path: Path) -> dict[str, Path]:
 
 def _find_refs_file(dataset: str, root: Path, path: Path) -> Path:
     """The refs file of the partition that papers report, or else the only refs file."""
-    found = sorted(root.glob("refs(*).p"))
+    refs_files = sorted(root.glob("refs(*).p"))
     standard = root / f"refs({PARTITIONS[dataset]}).p"
-    if standard in found:
+    if standard in refs_files:
         return standard
-    if len(found) == 1:
-        return found[0]
+    if len(refs_files) == 1:
+        return refs_files[0]
     raise UsageError(
         f"dataset_path={path}: neither {standard.name} nor parquet for {dataset}; "
         f"{_list_contents(root)}; name the file itself"

@@ -177,7 +177,8 @@ def scene_samples(
 
     Other arguments are as in `render_scene`.
     """
-    usable = (one for one in iterate_scenes(seed, style, size, seeds, bars, smallest) if one[0].expressions)
+    scenes = iterate_scenes(seed, style, size, seeds, bars, smallest)
+    usable = ((scene, scene_seed) for scene, scene_seed in scenes if scene.expressions)
     for scene, scene_seed in islice(usable, num_samples):
         yield scene, draw_expression(scene.expressions, Random(scene_seed + 1))
 

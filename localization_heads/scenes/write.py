@@ -49,7 +49,7 @@ def write_scenes(options: ScenesOptions) -> Path:
     folder = scenes_folder(options)
     data_file = folder / "scenes.jsonl"
     with RunLock(folder):
-        if not data_file.is_file():  # written last, so that its presence means that all is there
+        if not data_file.is_file():  # written last, so its presence means that the benchmark is complete
             _write_benchmark(options, folder, data_file)
     return data_file
 
@@ -115,8 +115,8 @@ def _draw_samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | 
     ):
         if Random(seed + 2).random() < options.absent:
             yield scene, draw_absent_expression(scene.things, Random(seed + 3))
-        elif options.targets == "all" and (found := draw_plural_expression(scene.things, Random(seed + 4))):
-            yield scene, found
+        elif options.targets == "all" and (plural := draw_plural_expression(scene.things, Random(seed + 4))):
+            yield scene, plural
         elif options.targets == "one" and scene.expressions:
             yield scene, draw_expression(scene.expressions, Random(seed + 1))
 
@@ -192,7 +192,7 @@ def write_scene_pairs(options: ScenesOptions) -> Path:
     folder = scenes_folder(options).with_name(f"{scenes_folder(options).name}-pairs")
     data_file = folder / "pairs.jsonl"
     with RunLock(folder):
-        if not data_file.is_file():  # written last, so that its presence means that all is there
+        if not data_file.is_file():  # written last, so its presence means that the benchmark is complete
             numbered = enumerate(islice(two_object_scenes(options), options.count))
             _write_lines(data_file, (_write_pair(folder, number, scene) for number, scene in numbered))
     return data_file

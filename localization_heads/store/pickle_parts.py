@@ -104,11 +104,11 @@ class DtypeBuilder:
         self.code = state[1] + self.code.lstrip("<>|=")
 
 
-def dtype_code(kind: object) -> str:
+def dtype_code(dtype: object) -> str:
     """The code of a dtype that the pickle built. A plain string is refused: it could claim to be bfloat16."""
-    if type(kind) is not DtypeBuilder:
+    if type(dtype) is not DtypeBuilder:
         raise PickleRefusedError("refused: an array of an unknown type")
-    return kind.code
+    return dtype.code
 
 
 class ArrayBuilder:
@@ -127,8 +127,8 @@ class ArrayBuilder:
         """Apply numpy's state tuple `(version, shape, dtype, is_fortran, bytes)`."""
         if type(state) is not tuple or len(state) != 5:
             raise PickleRefusedError("refused: an unknown form of array")
-        _, shape, kind, fortran, content = state
-        self.fill(content, dtype_code(kind), shape, fortran=fortran is True)
+        _, shape, dtype, fortran, content = state
+        self.fill(content, dtype_code(dtype), shape, fortran=fortran is True)
 
     def fill(self, content: object, code: str, shape: object, *, fortran: bool) -> None:
         """Set the content as a view (bfloat16: a float32 copy). The number of bytes must match the shape."""

@@ -294,24 +294,24 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def _new_array(_: _Machine, kind: Any, shape: Any, code: Any) -> ArrayBuilder:
+def _new_array(_: _Machine, cls: Any, shape: Any, code: Any) -> ArrayBuilder:
     """`numpy.core.multiarray._reconstruct(ndarray, (0,), b"b")`: empty until BUILD sets its content."""
-    if kind != _Global("numpy", "ndarray"):
+    if cls != _Global("numpy", "ndarray"):
         raise PickleRefusedError("refused: an array of an unknown class")
     return ArrayBuilder()
 
 
-def _array_from_buffer(_: _Machine, buffer: Any, kind: Any, shape: Any, order: Any) -> ArrayBuilder:
+def _array_from_buffer(_: _Machine, buffer: Any, dtype: Any, shape: Any, order: Any) -> ArrayBuilder:
     """`numpy.core.numeric._frombuffer`, used by protocol 5."""
     parts = ArrayBuilder()
-    parts.fill(buffer, dtype_code(kind), shape, fortran=order == "F")
+    parts.fill(buffer, dtype_code(dtype), shape, fortran=order == "F")
     return parts
 
 
-def _numpy_scalar(_: _Machine, kind: Any, content: Any) -> bool | int | float:
+def _numpy_scalar(_: _Machine, dtype: Any, content: Any) -> bool | int | float:
     """`numpy.core.multiarray.scalar`, converted to a Python number."""
     parts = ArrayBuilder()
-    parts.fill(content, dtype_code(kind), (), fortran=False)
+    parts.fill(content, dtype_code(dtype), (), fortran=False)
     value: bool | int | float = parts.array().item()
     return value
 

@@ -84,7 +84,7 @@ class StatisticsRows:
         """Yield the sensitivity of each sample, read one by one; None if the store has none."""
         if self.sensitivity is None or self.consistency is None:
             return None
-        return (SensitivityStatistics(*one) for one in zip(self.sensitivity, self.consistency, strict=True))
+        return (SensitivityStatistics(*row) for row in zip(self.sensitivity, self.consistency, strict=True))
 
     def spatial_entropy(self, weight: Weight) -> RowView:
         """The spatial entropy with components weighted by `area` or `mass`."""
@@ -174,7 +174,7 @@ class StoreHeader:
 
 def find_stores(folder: str | Path) -> list[StoreHeader]:
     """The headers of the stores in a folder, most recently used first. Invalid ones and other versions are skipped."""
-    found = []
+    headers = []
     for path in Path(folder).glob("statistics-*.json"):
         header = journal.read_json_or_none(path)
         if not isinstance(header, dict) or path.stem != _store_name(header):
@@ -186,8 +186,8 @@ def find_stores(folder: str | Path) -> list[StoreHeader]:
         if header.get("version") == VERSION and sizes and isinstance(settings, dict):
             columns, last_used = header.get("columns", COLUMNS), path.stat().st_mtime
             if isinstance(columns, dict):
-                found.append(StoreHeader(Path(folder), settings, layers, heads, last_used, columns))  # type: ignore[arg-type]
-    return sorted(found, key=lambda one: -one.last_used)
+                headers.append(StoreHeader(Path(folder), settings, layers, heads, last_used, columns))  # type: ignore[arg-type]
+    return sorted(headers, key=lambda header: -header.last_used)
 
 
 def _store_name(header: Mapping[str, Any]) -> str:
