@@ -71,7 +71,7 @@ def test_image_name_outside_the_data_set_is_rejected(tmp_path):
 
 def test_ref_l4_reports_missing_images(tmp_path):
     (save_ref_l4(tmp_path) / "images").rename(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="images= is missing: name the folder of the images"):
+    with pytest.raises(UsageError, match=r"images= is missing: name the folder of the \(unpacked\) images"):
         open_source("ref-l4", tmp_path, None)
     _, found = read("ref-l4", tmp_path, tmp_path / "elsewhere")
     assert found[0].image.is_file()

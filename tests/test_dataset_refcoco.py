@@ -372,7 +372,7 @@ def test_invalid_lmms_row_is_reported(tmp_path):
 def test_parquet_over_the_limits_is_rejected(tmp_path, monkeypatch):
     save_lmms(tmp_path, world())
     source, index = opened(tmp_path, None)
-    for name, limit in (("MAX_ROWS", 0), ("_allowance", lambda path: 100)):
+    for name, limit in (("MAX_ROWS", 0), ("_memory_limit", lambda path: 100)):
         with monkeypatch.context() as patch:
             patch.setattr(parquet, name, limit)
             with pytest.raises(UsageError, match=r"\.parquet"):
@@ -426,7 +426,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 for path in map(Path, sys.argv[1:]):
     before = peak()
-    for read in (parquet.read_columns(path, ["x"]), parquet.read_rows(path, ["x"], [0])):
+    for read in (parquet.read_columns(path, ["x"]), parquet.read_row_batches(path, ["x"], [0])):
         try:
             print("read", path.stem, len(list(read)))
         except UsageError as error:

@@ -319,7 +319,7 @@ def test_experiments_refuse_images_the_heads_were_found_on(discovered, monkeypat
 
 def test_leakage_is_checked_for_heads_on_the_hub(discovered, monkeypatch):
     path = discovered.out / "heads.json"
-    monkeypatch.setattr(hub, "_fetched", lambda *_: path)
+    monkeypatch.setattr(hub, "_download", lambda *_: path)
     result = discovered.finder(
         "stage=evaluate", f"data_file={OUT}/refcoco-train-4-seed42.jsonl", "heads=someone/heads", "k=1"
     )
@@ -416,7 +416,7 @@ def test_failed_write_keeps_the_old_file(front, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "encode_source", fail)
+    monkeypatch.setattr(prepare, "encode_mask_source", fail)
     assert prepared(front).status == 130
     assert (OUT / "refcoco-val.jsonl").read_bytes() == before and not list(OUT.glob(".lh-*.tmp"))
 
