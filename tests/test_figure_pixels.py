@@ -14,8 +14,8 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.figures.overlay import BoxPanel, plot_boxes
-from localization_heads.figures.rendering import png
-from localization_heads.figures.sheet import Panel, lay
+from localization_heads.figures.rendering import encode_png
+from localization_heads.figures.sheet import Panel, draw_pixels
 
 pytestmark = pytest.mark.filterwarnings("error")
 rng = np.random.default_rng(0)
@@ -23,10 +23,10 @@ PLACE = (0.13, 0.21, 0.7, 0.6)
 SMALL = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((80, 60)))
 
 
-@pytest.mark.parametrize("well", [False, True])
-def test_a_png_holds_the_pixels_and_what_is_said_of_them(well: bool) -> None:
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_png_holds_the_pixels_and_what_is_said_of_them(compact: bool) -> None:
     pixels = rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    read = Image.open(io.BytesIO(png(pixels, 200, {"Inputs": "abc"}, well=well)))
+    read = Image.open(io.BytesIO(encode_png(pixels, 200, {"Inputs": "abc"}, compact=compact)))
     assert read.mode == "RGB" and (np.asarray(read) == pixels).all()
     assert read.info["Inputs"] == "abc"
     assert read.info["dpi"] == pytest.approx((200, 200), abs=0.01)
@@ -49,7 +49,7 @@ def by_matplotlib(values: np.ndarray, box: tuple[float, ...], **how: object) -> 
 def by_us(values: np.ndarray, box: tuple[float, ...], **how: object) -> np.ndarray:
     figure = Figure(figsize=(4, 3), dpi=100)
     axes = figure.add_axes(Panel(figure, PLACE))
-    lay(axes, values, box, **how)
+    draw_pixels(axes, values, box, **how)
     return framed(figure, axes)
 
 

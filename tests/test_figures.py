@@ -24,8 +24,8 @@ from PIL import Image
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
-from localization_heads.figures.rendering import _tidy
-from localization_heads.figures.sample import _colours
+from localization_heads.figures.rendering import _clean_element
+from localization_heads.figures.sample import component_colours
 from localization_heads.figures.style import VERMILLION, drawable, font_families, wrap
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics, keep_heads, spatial_entropy
@@ -424,7 +424,7 @@ def test_components_show_their_shares_and_entropy():
     assert middle.get_title() == "active: 12% of cells"
     assert right.get_title() == "2 components: H = 0.56"
     assert [text.get_text() for text in right.texts] == ["75%", "25%"]
-    large, small = _colours(2)
+    large, small = component_colours(2)
     assert colour_at(figure, right, 2, 2) == pytest.approx(np.array(large) * 0.9, abs=0.03)
     assert colour_at(figure, right, 61, 69) == pytest.approx(np.array(small) * 0.9, abs=0.03)
     assert colour_at(figure, right, 40, 40) == pytest.approx((0, 0, 0), abs=0.03)
@@ -456,7 +456,7 @@ def test_many_components_name_only_the_largest_and_no_names_touch():
     for one, other in itertools.combinations(names, 2):
         assert not one.get_window_extent().overlaps(other.get_window_extent())
     assert figure.axes[2].get_title() == "64 components: H = 4.10"
-    assert len(set(_colours(35))) == 35
+    assert len(set(component_colours(35))) == 35
     assert_all_text_fits(figure)
 
 
@@ -702,7 +702,7 @@ def test_the_font_of_an_older_matplotlib_reaches_the_page() -> None:
     element = ElementTree.Element(
         "text", style="font: italic 700 8.5px 'DejaVu Sans', sans-serif; fill: #000"
     )
-    _tidy(element, set())
+    _clean_element(element, set())
     assert element.attrib == {
         "font-style": "italic", "font-weight": "700", "font-size": "8.5px", "fill": "#000"
     }  # fmt: skip

@@ -14,7 +14,7 @@ from localization_heads import figures
 from localization_heads.data import phrases
 from localization_heads.data.phrases import noun_phrases, split_phrases
 from localization_heads.errors import UsageError
-from localization_heads.figures import Found
+from localization_heads.figures import DetectedObject
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_figure_labels_many_objects_at_the_border(tmp_path: Path) -> None:
 
     mask = np.zeros((40, 3000), dtype=bool)
     mask[10:20, 2900:] = True
-    objects = [Found(f"object number {n}", (2990.0, 0.0, 3000.0, 40.0), 0.5, mask) for n in range(9)]
-    objects.append(Found("no mask", (0.0, 0.0, 5.0, 5.0), 0.1))
+    objects = [DetectedObject(f"object number {n}", (2990.0, 0.0, 3000.0, 40.0), 0.5, mask) for n in range(9)]
+    objects.append(DetectedObject("no mask", (0.0, 0.0, 5.0, 5.0), 0.1))
     figure = figures.plot_several(Image.new("RGB", (3000, 40)), objects, tmp_path / "figure.png")
     numbers = [text.get_text() for text in figure.axes[0].texts]
     assert numbers == [str(n) for n in range(1, 11)]

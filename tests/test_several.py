@@ -20,7 +20,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import box_iou, mask_coverage, mass_inside
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.scores import instance_metrics
-from localization_heads.figures.several import COLOURS, label_places
+from localization_heads.figures.several import COLOURS, place_labels
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.confidence import Calibration, Logistic
 from localization_heads.grounding.ground import ground_instances, ground_maps
@@ -233,7 +233,7 @@ numbers = st.floats(0, 100, allow_nan=False)
 def test_no_label_lies_on_another(corners: list[Any]) -> None:
     """Small labels and room for all."""
     boxes = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
-    places = label_places(boxes, [(4.0, 5.0)] * len(boxes), (200, 200))
+    places = place_labels(boxes, [(4.0, 5.0)] * len(boxes), (200, 200))
     for n, (x, y) in enumerate(places):
         assert 0 <= x <= 196 and 0 <= y <= 195
         others = [(u, v) for m, (u, v) in enumerate(places) if m != n]
@@ -242,7 +242,7 @@ def test_no_label_lies_on_another(corners: list[Any]) -> None:
 
 def test_the_figure_numbers_all_boxes(tmp_path: Any) -> None:
     found = grounder().ground_all(three(), None)
-    objects = [figures.Found("the dogs", one.box, one.score, one.mask) for one in found]
+    objects = [figures.DetectedObject("the dogs", one.box, one.score, one.mask) for one in found]
     image = Image.new("RGB", (80, 80), "grey")
     drawn = figures.plot_instances(
         image, found[0], objects, tmp_path / "all.png", truths=[A, B], expression="the dogs"
@@ -254,7 +254,7 @@ def test_the_figure_numbers_all_boxes(tmp_path: Any) -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_equal_boxes_share_their_line(count: int, tmp_path: Any) -> None:
     """About as many pixels of each colour along the box; with one box fewer its colour is not there."""
-    objects = [figures.Found(f"thing {n}", (20, 20, 60.0 + 0.1 * n, 60), 0.5) for n in range(count)]
+    objects = [figures.DetectedObject(f"thing {n}", (20, 20, 60.0 + 0.1 * n, 60), 0.5) for n in range(count)]
     figures.plot_several(Image.new("RGB", (80, 80), "white"), objects, tmp_path / "one.png")
     pixels = np.asarray(Image.open(tmp_path / "one.png").convert("RGB")).astype(int)
     pixels = pixels[pixels.shape[0] // 2 :]  # below the numbers
@@ -267,7 +267,7 @@ def test_equal_boxes_share_their_line(count: int, tmp_path: Any) -> None:
 def test_same_corner_other_place() -> None:
     """Three boxes from one corner: side by side; a box smaller than its label: beside it."""
     boxes = [(0, 0, 50, 50), (0, 0, 40, 40), (0, 0, 30, 30), (60, 60, 61, 61)]
-    assert label_places(boxes, [(10, 12)] * 4, (100, 100)) == [(0, 0), (10, 0), (20, 0), (60, 48)]
+    assert place_labels(boxes, [(10, 12)] * 4, (100, 100)) == [(0, 0), (10, 0), (20, 0), (60, 48)]
 
 
 def test_a_plural_is_asked_in_the_singular_and_by_places(lvlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Figures worth putting in a paper: the two criteria (Fig. 3, 6a), attention maps, components, grounding.
+"""Publication-quality figures: the criteria (Fig. 3, 6a), attention maps, components, groundings and experiments.
 
-Every `plot_*` function takes data, draws one `matplotlib.figure.Figure`, writes it whole or not at all if
-given a path, and returns it; `show` opens it in a window. No pyplot state is touched on the way.
+Every `plot_*` function draws data into one `matplotlib.figure.Figure` and returns it; with a path, it also writes it
+atomically. `show` opens figures in windows. Nothing else touches the state of pyplot.
 """
 
 from localization_heads.figures.charts import (
@@ -16,11 +16,11 @@ from localization_heads.figures.overlay import plot_boxes, plot_cells
 from localization_heads.figures.rendering import svg
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
 from localization_heads.figures.sequences import plot_timeline, plot_trace
-from localization_heads.figures.several import Found, plot_instances, plot_several, plot_together
+from localization_heads.figures.several import DetectedObject, plot_instances, plot_several, plot_together
 from localization_heads.figures.sheet import plot_once, show
 
 __all__ = [
-    "Found",
+    "DetectedObject",
     "plot_ablation",
     "plot_attention_sums",
     "plot_boxes",

@@ -1,4 +1,4 @@
-"""Figures of one image: what its top heads look at, and the box that comes of it (Sec. 5)."""
+"""Figures of one image: the maps of its top heads, the grounding (Sec. 5), and the components of a map."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from PIL import Image
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import normalised_heatmap
 from localization_heads.figures.overlay import (
+    BLACK_RIM,
     BOX_WIDTH,
-    LONGEST,
-    RIM,
+    MAX_SIDE,
     ImageLike,
-    cells_inside,
     draw_box,
     draw_cells,
     draw_image,
@@ -31,6 +30,7 @@ from localization_heads.figures.overlay import (
     draw_outline,
     opacity,
     shrink_to_panel,
+    visible_cells_index,
 )
 from localization_heads.figures.sheet import new_sheet, panel_size, save
 from localization_heads.figures.style import (
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from localization_heads.heads.criteria import HeadStatistics
 
 
-HARDLY = 0.005
-"""An attention sum below this is printed as 0.00."""
+MIN_ATTENTION_SUM = 0.005
+"""Lower attention sums are printed as 0.00."""
 
 
 def plot_top_maps(
@@ -67,15 +67,14 @@ def plot_top_maps(
     expression: str | None = None,
     statistics: HeadStatistics | None = None,
 ) -> Figure:
-    """The image, the maps of `heads` laid over it, and their combined map with the predicted box.
+    """The image, the maps of `heads` over it, and their combined map with the predicted box.
 
-    All maps share one colour scale, which the bar below states: from 0 to the map's own maximum inside the
-    image. What cells in the padding see is not shown. A head whose attention sum is 0.00 is drawn faint: its colours
-    would say as much as those of one that attends.
+    Every map is coloured from 0 to its own maximum inside the image, as the colour bar says; cells in the padding are
+    not shown. A map with an attention sum of 0.00 is drawn faint, since its colours would look like any other's.
 
     Args:
         image: `None` draws the maps alone.
-        heads: best first; one panel each.
+        heads: best first; one panel per head.
         grounding: adds the combined map and its box.
         truth: true box in pixels, drawn dashed.
         expression: the title; by default the query of the maps.
@@ -87,18 +86,18 @@ def plot_top_maps(
     title = attention.query if expression is None else expression
     with paper_style():
         bar = np.ones_like if image is None else opacity
-        figure, sheet = new_sheet(size, panels, title, legend=_box_entries(grounding, truth), bar=bar)
+        figure, sheet = new_sheet(size, panels, title, legend=_box_legend(grounding, truth), bar=bar)
         for axes in sheet:
             draw_image(axes, shown, attention.image_size)
-        rest = iter(sheet)
+        remaining = iter(sheet)
         if image is not None:
-            next(rest).set_title("image")
-        for head, axes in zip(heads, rest, strict=False):
-            looks = attention.attention[head].sum() >= HARDLY
+            next(remaining).set_title("image")
+        for head, axes in zip(heads, remaining, strict=False):
+            attends = attention.attention[head].sum() >= MIN_ATTENTION_SUM
             draw_map(
-                axes, attention.attention[head], attention.image_box, opaque=image is None, faint=not looks
+                axes, attention.attention[head], attention.image_box, opaque=image is None, faint=not attends
             )
-            axes.set_title(_map_title(attention, head, statistics), color="black" if looks else GREY)
+            axes.set_title(_map_title(attention, head, statistics), color="black" if attends else GREY)
         if grounding is not None:
             draw_map(sheet[-1], grounding.combined, attention.image_box, opaque=image is None)
             sheet[-1].set_title(f"combined: {len(grounding.heads)} heads")
@@ -116,12 +115,12 @@ def _map_title(attention: AttentionMaps, head: Head, statistics: HeadStatistics 
     return f"{head}  S {statistics.attention_sum[head]:.2f}  H {H}"
 
 
-def _box_entries(grounding: Grounding | None, truth: Box | None) -> list[Line2D]:
-    """What the legend says of the boxes that are drawn."""
+def _box_legend(grounding: Grounding | None, truth: Box | None) -> list[Line2D]:
+    """The legend entries of the boxes, or of their absence."""
     entries = []
     if grounding is not None and grounding.absent:
-        sure = grounding.confidence if grounding.presence is None else grounding.presence
-        label = f"nothing there (probability that it is: {sure or 0:.2f})"
+        probability = grounding.confidence if grounding.presence is None else grounding.presence
+        label = f"nothing there (probability that it is: {probability or 0:.2f})"
         entries.append(Line2D([], [], linestyle="none", label=label))
     elif grounding is not None:
         found = bool(grounding.cells.any())
@@ -133,7 +132,7 @@ def _box_entries(grounding: Grounding | None, truth: Box | None) -> list[Line2D]
 
 
 def _draw_boxes(axes: Axes, grounding: Grounding | None, truth: Box | None) -> None:
-    """Draw the predicted box, solid, and the true one, dashed, on top."""
+    """Draw the predicted box (solid) and the true box (dashed) on top."""
     if grounding is not None and not grounding.absent:
         draw_box(axes, grounding.box, VERMILLION)
     if truth is not None:
@@ -150,75 +149,74 @@ def plot_grounding(
 ) -> Figure:
     """The heat map over the image, the outline of the mask, the box with its score, the true box.
 
-    Where the box is too small to be seen in a large image (an icon on a screen), a second panel shows it close up.
+    If the box is too small to be visible in a large image (an icon on a screen), a second panel shows a close-up.
 
     Args:
         image: `None` draws the heat map alone.
-        grounding: its heat map and mask are made at the size drawn, whatever the size of the image.
+        grounding: its heat map and mask are computed at the drawn size, whatever the size of the image.
         truth: true box in pixels, drawn dashed.
         expression: the title.
     """
     size = panel_size(grounding.image_size, area=14)
     shown = shrink_to_panel(image, max(size))
     heat, mask = _at_drawn_size(grounding)
-    legend = _box_entries(grounding, truth)
+    legend = _box_legend(grounding, truth)
     label = "pseudo-mask" if grounding.refined is None else f"mask ({grounding.mask_from})"
     if not grounding.absent:
-        legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label=label))
-    near = None if image is None or grounding.absent else _close_up(grounding.image_size, grounding.box)
+        legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=BLACK_RIM, label=label))
+    close_up, note = None, ""
+    if image is not None and not grounding.absent:
+        close_up = _close_up_region(grounding.image_size, grounding.box)
+    if close_up is not None:
+        note = "framed in black, and close up in the second panel: the surroundings of the box"
     with paper_style():
-        note = (
-            ""
-            if near is None
-            else "framed in black, and close up in the second panel: the surroundings of the box"
-        )
-        figure, (axes, *second) = new_sheet(
-            size, 1 if near is None else 2, expression, titled=False, legend=legend, note=note
+        figure, (axes, *close_up_axes) = new_sheet(
+            size, 1 if close_up is None else 2, expression, titled=False, legend=legend, note=note
         )
         draw_image(axes, shown, grounding.image_size)
         draw_map(axes, heat, (0, 0, *grounding.image_size), opaque=image is None)
         if not grounding.absent:
             draw_outline(axes, mask)
         _draw_boxes(axes, grounding, truth)
-        for close in second:
-            assert near is not None
-            draw_box(axes, near, "black")
-            draw_image(close, shrink_to_panel(_cut_out(image, near), max(size)), grounding.image_size, near)
-            _draw_boxes(close, grounding, truth)
+        if close_up is not None:
+            draw_box(axes, close_up, "black")
+            cropped = shrink_to_panel(_crop(image, close_up), max(size))
+            draw_image(close_up_axes[0], cropped, grounding.image_size, close_up)
+            _draw_boxes(close_up_axes[0], grounding, truth)
         return save(figure, path)
 
 
-def _close_up(image_size: tuple[int, int], box: Box) -> Box | None:
-    """A part of the image, of its shape, in which the box takes a third of a side; None where the image shows it well.
+def _close_up_region(image_size: tuple[int, int], box: Box) -> Box | None:
+    """A region of the image's aspect ratio in which the box takes a third of a side; None if the box is visible as is.
 
-    >>> _close_up((3000, 1500), (0, 600, 30, 660))
+    >>> _close_up_region((3000, 1500), (0, 600, 30, 660))
     (0.0, 540.0, 360.0, 720.0)
     """
     (W, H), (x0, y0, x1, y1) = image_size, box
     share = max((x1 - x0) / W, (y1 - y0) / H)
-    if max(W, H) < _LARGE or share >= _SEEN:
+    if max(W, H) < _MIN_LARGE_SIDE or share >= _MIN_VISIBLE_SHARE:
         return None
     w, h = max(3 * share, 24 / min(W, H)) * W, max(3 * share, 24 / min(W, H)) * H
     left, top = (
-        min(max(0.0, (start + end - length) / 2), whole - length)
-        for start, end, length, whole in ((x0, x1, w, W), (y0, y1, h, H))
+        min(max(0.0, (start + end - length) / 2), side - length)
+        for start, end, length, side in ((x0, x1, w, W), (y0, y1, h, H))
     )
     return left, top, left + w, top + h
 
 
-def _cut_out(image: ImageLike | None, part: Box) -> Image.Image:
+def _crop(image: ImageLike | None, region: Box) -> Image.Image:
     opened = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    x0, y0, x1, y1 = map(round, part)
+    x0, y0, x1, y1 = map(round, region)
     return opened.crop((x0, y0, x1, y1))
 
 
 def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Heat map and mask of the image shrunk to at most `LONGEST` pixels a side, `[H, W]` each.
+    """The heat map and the mask `[H, W]` of the image shrunk to at most `MAX_SIDE` pixels a side.
 
-    Those of a photograph's every pixel would take gigabytes, and nobody could see the difference.
+    At the full resolution of a photograph they would take gigabytes without a visible difference.
     """
     W, H = grounding.image_size
-    shrink = min(1.0, LONGEST / max(W, H))
+    shrink = min(1.0, MAX_SIDE / max(W, H))
     drawn = max(1, round(W * shrink)), max(1, round(H * shrink))
     scale = np.array([drawn[0] / W, drawn[1] / H])
     x0, y0, x1, y1 = np.multiply(grounding.image_box, [*scale, *scale]).tolist()
@@ -231,20 +229,15 @@ def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[n
     return heat, grounding.refined[np.ix_(rows, columns)]
 
 
-_LARGE = 2 * LONGEST
-"""Pixels of a side beyond which a figure shows less than half of an image's detail."""
-_SEEN = 0.1
-"""The least share of a side that a box takes, if its edges and what is between them are to be told apart."""
+_MIN_LARGE_SIDE = 2 * MAX_SIDE
+"""Pixels of a side from which on a figure shows at most half of an image's resolution."""
+_MIN_VISIBLE_SHARE = 0.1
+"""Share of a side below which the content of a box is hidden by its own edges."""
 _HUES = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW)
-_SHADES = (
-    (0.0, 0.0),
-    (0.45, 1.0),
-    (0.45, 0.0),
-    (0.7, 1.0),
-    (0.65, 0.0),
-)  # how much of white (1) or black (0)
-_MAX_NAMES = 6
-_LEAST_NAMED = 0.02  # a smaller share is a cell or two: a number would hide it
+_SHADES = ((0.0, 0.0), (0.45, 1.0), (0.45, 0.0), (0.7, 1.0), (0.65, 0.0))
+"""How much of white (1) or black (0) is mixed into the hues, each time that they repeat."""
+_MAX_LABELLED = 6
+_MIN_LABELLED_SHARE = 0.02  # a smaller component is a cell or two, which a number would hide
 
 
 def plot_components(
@@ -257,12 +250,12 @@ def plot_components(
     *,
     expression: str | None = None,
 ) -> Figure:
-    """One head's map, the active cells, and their 8-connected components with the area share of each.
+    """One head's map, its active cells, and their 8-connected components with the area share of each.
 
     Args:
         image: `None` draws the maps alone.
-        labels: `[h, w]`, the number of each cell's component; 0 where the map is not active.
-        entropy: spatial entropy `H = -sum p ln p` of the components, in nats; infinite without one.
+        labels: `[h, w]`, the component of each cell, from 1; 0 for inactive cells.
+        entropy: spatial entropy `H = -sum p ln p` of the components, in nats; infinite without components.
         expression: the title; by default the query of the map.
     """
     size = panel_size(attention.image_size, area=4.8, widest=3.1)
@@ -280,36 +273,38 @@ def plot_components(
         map_axes.set_title(f"{head}  S {attention.attention[head].sum():.2f}")
         draw_cells(binary_axes, _paint(labels, numbers, [(1.0, 1.0, 1.0)]), attention.image_box)
         binary_axes.set_title(f"active: {(labels > 0).mean():.0%} of cells")
-        draw_cells(component_axes, _paint(labels, numbers, _colours(len(numbers))), attention.image_box)
-        component_axes.set_title(_summary(shares, entropy))
-        _name_components(component_axes, labels, numbers, shares, attention.image_box, size[0])
+        draw_cells(
+            component_axes, _paint(labels, numbers, component_colours(len(numbers))), attention.image_box
+        )
+        component_axes.set_title(_component_title(shares, entropy))
+        _label_components(component_axes, labels, numbers, shares, attention.image_box, size[0])
         return save(figure, path)
 
 
 def _padding_note(labels: NDArray[np.integer], attention: AttentionMaps) -> str:
-    """What the numbers count although no panel shows it: cells beyond the image's edge."""
+    """A note if the numbers count cells in the padding, which no panel shows."""
     hidden = np.ones(labels.shape, dtype=bool)
-    hidden[cells_inside(labels.shape, attention.image_box, attention.image_size)] = False
+    hidden[visible_cells_index(labels.shape, attention.image_box, attention.image_size)] = False
     if not hidden.any():
         return ""
     cells = f"{hidden.sum()} of the {hidden.size} cells are in the padding, {(labels[hidden] > 0).sum()} of them active"
     return f"{cells}: all numbers count them, no panel shows them"
 
 
-def _summary(shares: NDArray[np.floating], entropy: float) -> str:
-    """How many components there are, and their entropy."""
+def _component_title(shares: NDArray[np.floating], entropy: float) -> str:
+    """`3 components: H = 0.56`."""
     if not len(shares):
         return "no component: H = ∞"
     H = f"{entropy:.2f}" if math.isfinite(entropy) else "∞"
     return f"{len(shares)} component{'s' if len(shares) > 1 else ''}: H = {H}"
 
 
-def _colours(count: int) -> list[tuple[float, float, float]]:
-    """As many colours, the largest component's first: seven hues, then lighter and darker shades of them."""
+def component_colours(count: int) -> list[tuple[float, float, float]]:
+    """Colours for the components, largest first: seven hues, then lighter and darker shades of them."""
     colours = []
     for n in range(count):
-        share, towards = _SHADES[n // len(_HUES) % len(_SHADES)]
-        red, green, blue = (c * (1 - share) + towards * share for c in to_rgb(_HUES[n % len(_HUES)]))
+        share, level = _SHADES[n // len(_HUES) % len(_SHADES)]
+        red, green, blue = (c * (1 - share) + level * share for c in to_rgb(_HUES[n % len(_HUES)]))
         colours.append((red, green, blue))
     return colours
 
@@ -317,7 +312,7 @@ def _colours(count: int) -> list[tuple[float, float, float]]:
 def _paint(
     labels: NDArray[np.integer], numbers: NDArray[np.integer], colours: list[tuple[float, float, float]]
 ) -> NDArray[np.float64]:
-    """`[h, w, 4]`: the n-th component in the n-th colour (they repeat), the rest darkened."""
+    """`[h, w, 4]`: the n-th component in the n-th colour (they repeat), the other cells darkened."""
     cells = np.zeros((*labels.shape, 4))
     cells[..., 3] = 0.65
     for n, number in enumerate(numbers):
@@ -325,7 +320,7 @@ def _paint(
     return cells
 
 
-def _name_components(
+def _label_components(
     axes: Axes,
     labels: NDArray[np.integer],
     numbers: NDArray[np.integer],
@@ -333,7 +328,7 @@ def _name_components(
     box: Box,
     width: float,
 ) -> None:
-    """Write the area share on the largest components, as far as the numbers do not cover each other.
+    """Write the area share on the largest components, as far as the texts do not overlap.
 
     Args:
         box: the region of the image that the cells cover, in pixels.
@@ -342,24 +337,24 @@ def _name_components(
     x0, y0, x1, y1 = box
     cell = np.array([(x1 - x0) / labels.shape[1], (y1 - y0) / labels.shape[0]])
     (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
-    room = np.array([0.36, 0.17]) * W / width  # pixels that `100%` takes
+    text_size = np.array([0.36, 0.17]) * W / width  # pixels of `100%`
     rim = withStroke(linewidth=2, foreground="white")
     placed: list[NDArray[np.floating]] = []
-    for number, share in zip(numbers[:_MAX_NAMES], shares, strict=False):
-        spots = np.array([x0, y0]) + (np.argwhere(labels == number)[:, ::-1] + 0.5) * cell  # [cell, (x, y)]
-        spots = spots[((spots > 0) & (spots < [W, H])).all(axis=1)]
-        if share < _LEAST_NAMED or not len(spots):
+    for number, share in zip(numbers[:_MAX_LABELLED], shares, strict=False):
+        centres = np.array([x0, y0]) + (np.argwhere(labels == number)[:, ::-1] + 0.5) * cell  # [cell, (x, y)]
+        centres = centres[((centres > 0) & (centres < [W, H])).all(axis=1)]
+        if share < _MIN_LABELLED_SHARE or not len(centres):
             continue  # too small, or in the padding
-        # the component's own cell nearest to its middle: the middle of a ring is not on the ring
-        spot = spots[np.linalg.norm(spots - spots.mean(0), axis=1).argmin()]
-        margin = np.minimum(room / 2, [W / 2, H / 2])
-        spot = np.clip(spot, margin, [W, H] - margin)
-        if any((abs(spot - other) < room).all() for other in placed):
+        # The component's cell nearest to its centroid: the centroid of a ring is not on the ring.
+        position = centres[np.linalg.norm(centres - centres.mean(0), axis=1).argmin()]
+        margin = np.minimum(text_size / 2, [W / 2, H / 2])
+        position = np.clip(position, margin, [W, H] - margin)
+        if any((abs(position - other) < text_size).all() for other in placed):
             continue
-        placed.append(spot)
+        placed.append(position)
         axes.text(
-            spot[0],
-            spot[1],
+            position[0],
+            position[1],
             f"{share:.0%}",
             ha="center",
             va="center",

@@ -1,4 +1,4 @@
-"""What follows one another: the frames of a video with their boxes, the words of an answer with their maps."""
+"""Figures of sequences: the frames of a video with their boxes, and the words of an answer with their maps."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from localization_heads.figures.style import (
     ORANGE,
     TITLE_SIZE,
     VERMILLION,
-    as_typed,
     paper_style,
+    user_text_style,
     wrap,
 )
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.store.results import Prediction
 
 _PAGE_WIDTH = 7.0  # inches
-_ABOVE: dict[str, Any] = {
+_LEGEND_ABOVE: dict[str, Any] = {
     "loc": "lower left",
     "bbox_to_anchor": (0, 1),
     "ncols": 4,
@@ -49,126 +49,127 @@ _ABOVE: dict[str, Any] = {
 }
 
 
-def framed(image: Image.Image, found: Prediction) -> NDArray[np.uint8]:
-    """A frame with its box and how sure it is, RGB `[H, W, 3]`."""
+def draw_prediction(image: Image.Image, prediction: Prediction) -> NDArray[np.uint8]:
+    """The image with the predicted box and its score, RGB `[H, W, 3]`; unchanged without a box."""
     pixels = np.array(image)
-    if found.bbox is None:
+    if prediction.bbox is None:
         return pixels
     thick = max(2, round(max(image.size) / 320))
-    x0, y0, x1, y1 = (round(edge) for edge in found.bbox)
-    for colour, width in (((255, 255, 255), thick + 2), (_bytes(VERMILLION), thick)):
+    x0, y0, x1, y1 = (round(edge) for edge in prediction.bbox)
+    for colour, width in (((255, 255, 255), thick + 2), (_rgb_bytes(VERMILLION), thick)):
         cv2.rectangle(pixels, (x0, y0), (x1 - 1, y1 - 1), colour, width, cv2.LINE_AA)
-    text = f"{found.score or 0:.2f}"
+    text = f"{prediction.score or 0:.2f}"
     size, font = thick / 3.5, cv2.FONT_HERSHEY_SIMPLEX
     (width, height), _ = cv2.getTextSize(text, font, size, max(1, thick // 2))
     left, bottom = min(x0, image.width - width - 4), y0 - 4 if y0 > height + 8 else y0 + height + 6
-    cv2.rectangle(pixels, (left, bottom - height - 3), (left + width + 4, bottom + 3), _bytes(VERMILLION), -1)
+    cv2.rectangle(
+        pixels, (left, bottom - height - 3), (left + width + 4, bottom + 3), _rgb_bytes(VERMILLION), -1
+    )
     cv2.putText(
         pixels, text, (left + 2, bottom), font, size, (255, 255, 255), max(1, thick // 2), cv2.LINE_AA
     )
     return pixels
 
 
-def _bytes(colour: str) -> tuple[int, int, int]:
+def _rgb_bytes(colour: str) -> tuple[int, int, int]:
     red, green, blue = (round(255 * part) for part in to_rgb(colour))
     return red, green, blue
 
 
 def plot_timeline(
     expression: str,
-    found: Sequence[Prediction],
+    predictions: Sequence[Prediction],
     thumbnails: Sequence[tuple[float, Image.Image]],
     size: tuple[int, int],
     path: str | Path | None = None,
 ) -> Figure:
-    """Frames with their boxes, where the box is over time, and how sure it is.
+    """Some frames with their boxes, and the box and its score and confidence over time.
 
     Args:
-        found: one a frame, in order; a frame that failed leaves a gap.
-        thumbnails: some frames as drawn, each with its time in seconds.
+        predictions: one per frame, in order; a failed frame leaves a gap.
+        thumbnails: `(time in seconds, frame with its box)`.
         size: `(W, H)` of a frame in pixels.
     """
-    time = np.array([one.time or 0.0 for one in found])
-    boxes = np.array([one.bbox or (np.nan,) * 4 for one in found], dtype=float)  # [frame, 4]
+    time = np.array([prediction.time or 0.0 for prediction in predictions])
+    boxes = np.array(
+        [prediction.bbox or (np.nan,) * 4 for prediction in predictions], dtype=float
+    )  # [frame, 4]
     with paper_style():
         columns = max(1, len(thumbnails))
-        high = _PAGE_WIDTH / columns * size[1] / size[0]
-        figure = new_figure(_PAGE_WIDTH, min(high, 2.5) + 3.1)
-        grid = figure.add_gridspec(3, columns, height_ratios=[min(high, 2.5), 1.3, 1.0])
-        for column, (at, image) in enumerate(thumbnails):
+        thumbnail_height = min(_PAGE_WIDTH / columns * size[1] / size[0], 2.5)
+        figure = new_figure(_PAGE_WIDTH, thumbnail_height + 3.1)
+        grid = figure.add_gridspec(3, columns, height_ratios=[thumbnail_height, 1.3, 1.0])
+        for column, (seconds, image) in enumerate(thumbnails):
             axes = figure.add_subplot(grid[0, column])
             draw_image(axes, image, image.size)
             axes.set_axis_off()
-            axes.set_title(f"{at:.1f} s", fontsize=7.5)
-        place, sure = figure.add_subplot(grid[1, :]), figure.add_subplot(grid[2, :])
-        _draw_places(place, time, boxes / np.array([*size, *size]))
-        _draw_sureness(sure, time, found)
+            axes.set_title(f"{seconds:.1f} s", fontsize=7.5)
+        box_axes, score_axes = figure.add_subplot(grid[1, :]), figure.add_subplot(grid[2, :])
+        _draw_box_extents(box_axes, time, boxes / np.array([*size, *size]))
+        _draw_scores(score_axes, time, predictions)
         margin = 0.02 * float(np.ptp(time)) or 0.5
-        for axes in (place, sure):
+        for axes in (box_axes, score_axes):
             axes.set_xlim(time.min() - margin, time.max() + margin)
-        place.tick_params(labelbottom=False)
+        box_axes.tick_params(labelbottom=False)
         lines = wrap(expression, _PAGE_WIDTH - 0.2, TITLE_SIZE)
-        figure.suptitle(lines, fontsize=TITLE_SIZE, **as_typed(lines))
+        figure.suptitle(lines, fontsize=TITLE_SIZE, **user_text_style(lines))
         return save(figure, path)
 
 
-def _draw_places(axes: Axes, time: NDArray[np.float64], boxes: NDArray[np.float64]) -> None:
-    """From where to where the box reaches, across and down, in shares of the frame."""
+def _draw_box_extents(axes: Axes, time: NDArray[np.float64], boxes: NDArray[np.float64]) -> None:
+    """Draw the horizontal and vertical extents of the box over time, as shares of the frame."""
     for name, colour, first in (("left to right", BLUE, 0), ("top to bottom", ORANGE, 1)):
         start, end = boxes[:, first], boxes[:, first + 2]
         axes.fill_between(time, start, end, color=colour, alpha=0.25, linewidth=0, label=name)
         axes.plot(time, (start + end) / 2, color=colour, linewidth=1.2, marker=".", markersize=3)
     axes.set_ylim(0, 1)
     axes.set_ylabel("box, share\nof the frame")
-    axes.legend(**_ABOVE)
+    axes.legend(**_LEGEND_ABOVE)
 
 
-def _draw_sureness(axes: Axes, time: NDArray[np.float64], found: Sequence[Prediction]) -> None:
-    """Score, confidence and, where it is known, presence; frames that failed are marked on the axis."""
-    calibrated = any(one.calibrated for one in found)
+def _draw_scores(axes: Axes, time: NDArray[np.float64], predictions: Sequence[Prediction]) -> None:
+    """Draw the score, the confidence and, if known, the presence over time; failed frames are marked on the axis."""
+    calibrated = any(prediction.calibrated for prediction in predictions)
+    confidence_label = "confidence" if calibrated else "confidence (uncalibrated)"
     lines = (
-        ("score", VERMILLION, [one.score for one in found]),
-        (
-            "confidence" if calibrated else "confidence (uncalibrated)",
-            GREEN,
-            [one.confidence for one in found],
-        ),
-        ("present", BLUE, [one.presence for one in found]),
+        ("score", VERMILLION, [prediction.score for prediction in predictions]),
+        (confidence_label, GREEN, [prediction.confidence for prediction in predictions]),
+        ("present", BLUE, [prediction.presence for prediction in predictions]),
     )
     for name, colour, values in lines:
         if any(value is not None for value in values):
             known = np.array([np.nan if value is None else value for value in values], dtype=float)
             axes.plot(time, known, color=colour, linewidth=1.2, marker=".", markersize=3, label=name)
-    failed = [at for at, one in zip(time, found, strict=True) if one.error]
+    failed = [seconds for seconds, prediction in zip(time, predictions, strict=True) if prediction.error]
     if failed:
         axes.plot(failed, np.zeros(len(failed)), "x", color=GREY, label="failed", clip_on=False)
     axes.set_ylim(0, 1)
     axes.set_xlabel("time (s)")
-    axes.legend(**_ABOVE)
+    axes.legend(**_LEGEND_ABOVE)
 
 
-MOST_WORDS = 24
-"""Panels of a figure; the page has all words."""
-_AREA = 2.4  # square inches of a panel
-_FONT = 9.0  # points
+MAX_WORDS = 24
+"""Panels of the figure; the HTML page has all words."""
+_PANEL_AREA = 2.4  # square inches
+_WORD_SIZE = 9.0  # points
 
 
 def plot_trace(image: ImageLike | None, trace: Trace, path: str | Path | None = None) -> Figure:
-    """The first `MOST_WORDS` words of an answer in its order, each with the combined map and its box.
+    """The first `MAX_WORDS` words of an answer, each with the combined map and its box.
 
-    The title is the query and the answer, whole, as far as eight lines hold it.
+    The title is the query and the answer, cut to eight lines.
 
     Args:
         image: `None` draws the maps alone.
     """
-    size = panel_size(trace.image_size, area=_AREA)
+    size = panel_size(trace.image_size, area=_PANEL_AREA)
     shown = shrink_to_panel(image, max(size))
-    words = trace.words[:MOST_WORDS]
+    words = trace.words[:MAX_WORDS]
     legend = [Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label="box of the word's map")]
     heads = ", ".join(map(str, trace.heads[:6])) + (" ..." if len(trace.heads) > 6 else "")
     note = f"heads {heads}; the step that {trace.step} each word"
-    if left := len(trace.words) - len(words):
-        note += f"; {left} more words are on the page"
+    if num_more := len(trace.words) - len(words):
+        note += f"; {num_more} more words are on the page"
     with paper_style():
         figure, sheet = new_sheet(
             size,
@@ -180,14 +181,10 @@ def plot_trace(image: ImageLike | None, trace: Trace, path: str | Path | None = 
         )
         for axes in sheet:
             draw_image(axes, shown, trace.image_size)
-        for number, (word, axes) in enumerate(zip(words, sheet, strict=False)):
-            _draw_word(axes, trace, number, opaque=image is None)
-            text = wrap(word.text, size[0] - 0.05, _FONT, max_lines=1)
-            axes.set_title(text, fontsize=_FONT, **as_typed(text))
+        for index, (word, axes) in enumerate(zip(words, sheet, strict=False)):
+            draw_map(axes, trace.groundings[index].combined, trace.image_box, opaque=image is None)
+            if (box := trace.boxes[index]) is not None:
+                draw_box(axes, box, VERMILLION)
+            text = wrap(word.text, size[0] - 0.05, _WORD_SIZE, max_lines=1)
+            axes.set_title(text, fontsize=_WORD_SIZE, **user_text_style(text))
         return save(figure, path)
-
-
-def _draw_word(axes: Axes, trace: Trace, number: int, *, opaque: bool) -> None:
-    draw_map(axes, trace.groundings[number].combined, trace.image_box, opaque=opaque)
-    if (box := trace.boxes[number]) is not None:
-        draw_box(axes, box, VERMILLION)

@@ -1,4 +1,4 @@
-"""Figures of several boxes on one image, each with its number, and no number on another."""
+"""Figures of several boxes: numbered on one image, with labels that do not overlap, or in the images of one prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localization_heads.attention import Box
 from localization_heads.cells import normalised_heatmap
 from localization_heads.figures.overlay import (
     BOX_WIDTH,
-    LONGEST,
+    MAX_SIDE,
     ImageLike,
     draw_box,
     draw_cells,
@@ -33,18 +33,18 @@ from localization_heads.figures.style import BLUE, GREEN, ORANGE, PURPLE, SKY, V
 from localization_heads.grounding.ground import Grounding
 
 COLOURS = (VERMILLION, SKY, YELLOW, GREEN, PURPLE, ORANGE, BLUE)
-"""Okabe and Ito's, in an order that keeps the first few far apart; the numbers tell those apart that come again."""
-_TOGETHER_AREA = 7.0  # square inches of each of several images
-_TINT = 0.35  # opacity of a mask
-_AREA = 14.0  # square inches
-_DIGIT, _HEIGHT = 0.11, 0.19  # inches that a digit of a number takes, with the gap around it
-_FONT = 10.0  # points
-_NEAR = 0.03  # inches: lines less far apart lie on each other
+"""The palette of Okabe and Ito, with the first few colours most distinct. It repeats; boxes also have numbers."""
+_PANEL_AREA = 14.0  # square inches of the image
+_TOGETHER_AREA = 7.0  # square inches of each image of a prompt
+_MASK_OPACITY = 0.35
+_LABEL_SIZE = 10.0  # points
+_DIGIT_WIDTH, _LABEL_HEIGHT = 0.11, 0.19  # inches, with the gap around them
+_LINE_TOLERANCE = 0.03  # inches: closer lines count as coinciding
 
 
 @dataclass(frozen=True)
-class Found:
-    """One object: what was asked, its box in pixels, its score, and its mask, bool `[H, W]`, if there is one."""
+class DetectedObject:
+    """An object to draw: its phrase, its box in pixels, its score and, if there is one, its mask, bool `[H, W]`."""
 
     phrase: str
     box: Box
@@ -52,13 +52,15 @@ class Found:
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
 
 
-def plot_several(image: Image.Image, objects: Sequence[Found], path: str | Path | None = None) -> Figure:
-    """The image with every object's box and mask, numbered; the title says which number is what.
+def plot_several(
+    image: Image.Image, objects: Sequence[DetectedObject], path: str | Path | None = None
+) -> Figure:
+    """The image with every object's box and mask, numbered; the title lists the phrases and scores by number.
 
     Args:
         objects: at least one.
     """
-    size = panel_size(image.size, area=_AREA)
+    size = panel_size(image.size, area=_PANEL_AREA)
     title = " | ".join(f"{n}: {found.phrase} ({found.score:.2f})" for n, found in enumerate(objects, start=1))
     with paper_style():
         figure, (axes,) = new_sheet(size, 1, title, titled=False)
@@ -73,22 +75,22 @@ def plot_several(image: Image.Image, objects: Sequence[Found], path: str | Path 
 def plot_instances(
     image: ImageLike | None,
     grounding: Grounding,
-    objects: Sequence[Found],
+    objects: Sequence[DetectedObject],
     path: str | Path | None = None,
     *,
     truths: Sequence[Box] = (),
     expression: str = "",
 ) -> Figure:
-    """The heat map over the image, the box and the outline of the mask of every object, numbered, and the true boxes.
+    """The heat map over the image, the numbered box and the mask outline of every object, and the true boxes.
 
     Args:
         image: `None` draws the heat map alone.
-        grounding: of any of the objects, for the map is that of all.
-        objects: at least one, the best first.
-        truths: drawn dashed.
+        grounding: of any of the objects, which share one map.
+        objects: at least one, best first.
+        truths: true boxes in pixels, drawn dashed.
         expression: the title.
     """
-    size = panel_size(grounding.image_size, area=_AREA)
+    size = panel_size(grounding.image_size, area=_PANEL_AREA)
     scores = ", ".join(f"{n}={found.score:.2f}" for n, found in enumerate(objects, start=1))
     label = f"{len(objects)} predicted box{'es' if len(objects) > 1 else ''}"
     legend = [Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label)]
@@ -100,10 +102,10 @@ def plot_instances(
             size, 1, expression, titled=False, legend=legend, note=f"scores: {scores}"
         )
         draw_image(axes, shrink_to_panel(image, max(size)), grounding.image_size)
-        draw_map(axes, _drawn_heat(grounding), (0, 0, *grounding.image_size), opaque=image is None)
+        draw_map(axes, _heatmap_to_draw(grounding), (0, 0, *grounding.image_size), opaque=image is None)
         for found in objects:
             if found.mask is not None:
-                draw_outline(axes, _small(found.mask))
+                draw_outline(axes, _shrink_mask(found.mask))
         _draw_numbered(axes, [found.box for found in objects], size[0])
         for truth in truths:
             draw_box(axes, truth, "white", dashed=True)
@@ -117,110 +119,116 @@ def plot_together(
     *,
     expression: str = "",
 ) -> Figure:
-    """The images of one prompt side by side, each under its heat map; the box of each that has one.
+    """The images of one prompt side by side, each under its heat map and, if there is one, its box.
 
-    All maps share one scale, as they share one softmax: an image that draws little attention stays clear.
+    All maps share one colour scale, as they share one softmax: an image with little attention stays clear.
 
     Args:
         images: in the order of the prompt; `None` draws the heat maps alone.
         each: a grounding for each image.
         expression: the title.
     """
-    shapes = [one.image_size[0] / one.image_size[1] for one in each]
-    size = panel_size((round(1000 * float(np.median(shapes))), 1000), area=_TOGETHER_AREA)
-    boxed = [one for one in each if one.chosen and not one.absent]
+    aspects = [grounding.image_size[0] / grounding.image_size[1] for grounding in each]
+    size = panel_size((round(1000 * float(np.median(aspects))), 1000), area=_TOGETHER_AREA)
+    boxed = [grounding for grounding in each if grounding.chosen and not grounding.absent]
     label = f"predicted box{'es' if len(boxed) > 1 else ''}"
     legend = [Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label)] if boxed else []
-    top = max(float(one.combined.max(initial=0.0)) for one in each) or 1.0
+    top = max(float(grounding.combined.max(initial=0.0)) for grounding in each) or 1.0
     with paper_style():
         figure, sheet = new_sheet(size, len(each), expression, legend=legend)
-        for number, (axes, one) in enumerate(zip(sheet, each, strict=True)):
-            image = None if images is None else images[number]
-            draw_image(axes, shrink_to_panel(image, max(size)), one.image_size)
-            strength = float(one.combined.max(initial=0.0)) / top
-            draw_map(
-                axes, strength * _drawn_heat(one), (0, 0, *one.image_size), opaque=image is None, top=1.0
-            )
-            if one.refined is not None:
-                draw_outline(axes, _small(one.refined))
-            if one in boxed:
-                draw_box(axes, one.box, VERMILLION)
-            axes.set_title(f"image {number}: {one.image_share or 0:.0%} of the attention")
+        for index, (axes, grounding) in enumerate(zip(sheet, each, strict=True)):
+            image = None if images is None else images[index]
+            draw_image(axes, shrink_to_panel(image, max(size)), grounding.image_size)
+            heatmap = float(grounding.combined.max(initial=0.0)) / top * _heatmap_to_draw(grounding)
+            draw_map(axes, heatmap, (0, 0, *grounding.image_size), opaque=image is None, top=1.0)
+            if grounding.refined is not None:
+                draw_outline(axes, _shrink_mask(grounding.refined))
+            if grounding in boxed:
+                draw_box(axes, grounding.box, VERMILLION)
+            axes.set_title(f"image {index}: {grounding.image_share or 0:.0%} of the attention")
         return save(figure, path)
 
 
-def colour_of(number: int) -> str:
-    """Of the box at that place, counted from 0; they come again."""
-    return COLOURS[number % len(COLOURS)]
+def colour_of(index: int) -> str:
+    """The colour of the box with that index; the palette repeats."""
+    return COLOURS[index % len(COLOURS)]
 
 
 def _draw_numbered(axes: Axes, boxes: Sequence[Box], width: float) -> None:
-    """The boxes with their numbers, counted from 1, on axes `width` inches wide."""
+    """Draw the boxes with their numbers, from 1, on axes `width` inches wide."""
     (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
-    across = W / width  # pixels an inch
-    sizes = [(_DIGIT * len(str(n)) * across, _HEIGHT * across) for n in range(1, len(boxes) + 1)]
-    for number, (box, turn) in enumerate(zip(boxes, turns(boxes, _NEAR * across), strict=True)):
-        draw_box(axes, box, colour_of(number), turn=turn)
-    for number, (x, y) in enumerate(label_places(boxes, sizes, (W, H))):
+    per_inch = W / width  # pixels
+    label_sizes = [
+        (_DIGIT_WIDTH * len(str(n)) * per_inch, _LABEL_HEIGHT * per_inch) for n in range(1, len(boxes) + 1)
+    ]
+    slots = dash_slots(boxes, _LINE_TOLERANCE * per_inch)
+    for index, (box, slot) in enumerate(zip(boxes, slots, strict=True)):
+        draw_box(axes, box, colour_of(index), dash_slot=slot)
+    for index, (x, y) in enumerate(place_labels(boxes, label_sizes, (W, H))):
         axes.text(
-            x + sizes[number][0] / 2,
-            y + sizes[number][1] / 2,
-            str(number + 1),
+            x + label_sizes[index][0] / 2,
+            y + label_sizes[index][1] / 2,
+            str(index + 1),
             ha="center",
             va="center",
-            fontsize=_FONT,
+            fontsize=_LABEL_SIZE,
             fontweight="bold",
-            color=colour_of(number),
+            color=colour_of(index),
             path_effects=[withStroke(linewidth=2.5, foreground="black")],
             zorder=7,
         )
 
 
-def turns(boxes: Sequence[Box], near: float) -> list[tuple[int, int]]:
-    """`(which, how many)` of those in its place each box is: all their edges lie within `near` of the first one's.
+def dash_slots(boxes: Sequence[Box], tolerance: float) -> list[tuple[int, int]]:
+    """For each box `(index, count)` among the boxes that coincide, within `tolerance` of every edge of the first one.
 
-    >>> turns([(0, 0, 9, 9), (0, 0, 5, 5), (0, 1, 9, 9)], near=1)
+    >>> dash_slots([(0, 0, 9, 9), (0, 0, 5, 5), (0, 1, 9, 9)], tolerance=1)
     [(0, 2), (0, 1), (1, 2)]
     """
     edges = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    firsts = [int(np.argmax(np.abs(edges - box).max(axis=1) <= near)) for box in edges]
+    firsts = [int(np.argmax(np.abs(edges - box).max(axis=1) <= tolerance)) for box in edges]
     return [(firsts[:n].count(first), firsts.count(first)) for n, first in enumerate(firsts)]
 
 
-def label_places(
+def place_labels(
     boxes: Sequence[Box], sizes: Sequence[tuple[float, float]], image_size: tuple[float, float]
 ) -> list[tuple[float, float]]:
-    """The top left corner of each box's label, so that no label lies on another, as far as there is room.
+    """The top left corner of each box's label, such that labels do not overlap as far as there is room.
 
-    The first free place of: inside the box, row by row from its top left corner; around it; its top left corner.
+    A label takes the first free position inside its box, row by row from the top left corner, or around it; without
+    any, it takes the top left corner.
 
     Args:
-        sizes: width and height of each label, in pixels as the boxes.
+        sizes: width and height of each label, in the pixels of the boxes.
 
-    >>> label_places([(0, 0, 9, 9), (0, 0, 6, 6)], [(2, 3), (2, 3)], (9, 9))
+    >>> place_labels([(0, 0, 9, 9), (0, 0, 6, 6)], [(2, 3), (2, 3)], (9, 9))
     [(0, 0), (2, 0)]
     """
     placed: list[Box] = []
     for box, (w, h) in zip(boxes, sizes, strict=True):
         W, H = image_size
-        first = min(max(box[0], 0), max(W - w, 0)), min(max(box[1], 0), max(H - h, 0))
-        fitting = (place for place in _places(box, w, h) if _is_free(place, (w, h), placed, image_size))
-        x, y = next(fitting, first)
+        corner = min(max(box[0], 0), max(W - w, 0)), min(max(box[1], 0), max(H - h, 0))
+        free = (
+            position
+            for position in _candidate_positions(box, w, h)
+            if _is_free(position, (w, h), placed, image_size)
+        )
+        x, y = next(free, corner)
         placed.append((x, y, x + w, y + h))
     return [(x, y) for x, y, _, _ in placed]
 
 
-_MOST = 40  # places tried along a side
-_RINGS = 7  # of places around a box
+_MAX_PER_SIDE = 40  # positions tried along a side
+_NUM_RINGS = 7  # of positions around a box
 
 
-def _places(box: Box, w: float, h: float) -> Iterator[tuple[float, float]]:
-    """Places of a label of that size: inside the box, then around it."""
+def _candidate_positions(box: Box, w: float, h: float) -> Iterator[tuple[float, float]]:
+    """Positions for a label of that size: inside the box, then in rings around it."""
     x0, y0, x1, y1 = box
-    columns, rows = (min(int(length // step), _MOST) for length, step in ((x1 - x0, w), (y1 - y0, h)))
+    columns, rows = (min(int(length // step), _MAX_PER_SIDE) for length, step in ((x1 - x0, w), (y1 - y0, h)))
     for row in range(rows):
         yield from ((x0 + column * w, y0 + row * h) for column in range(columns))
-    for ring in range(1, _RINGS + 1):
+    for ring in range(1, _NUM_RINGS + 1):
         left, top, right, bottom = x0 - ring * w, y0 - ring * h, x1 + (ring - 1) * w, y1 + (ring - 1) * h
         for y in (top, bottom):
             yield from ((x0 + column * w, y) for column in range(1 - ring, columns + ring))
@@ -229,21 +237,21 @@ def _places(box: Box, w: float, h: float) -> Iterator[tuple[float, float]]:
 
 
 def _is_free(
-    place: tuple[float, float],
+    position: tuple[float, float],
     size: tuple[float, float],
     placed: Sequence[Box],
     image_size: tuple[float, float],
 ) -> bool:
-    (x, y), (w, h) = place, size
+    (x, y), (w, h) = position, size
     if x < 0 or y < 0 or x + w > image_size[0] or y + h > image_size[1]:
         return False
     return all(x >= x1 or x + w <= x0 or y >= y1 or y + h <= y0 for x0, y0, x1, y1 in placed)
 
 
-def _drawn_heat(grounding: Grounding) -> NDArray[np.float32]:
-    """The heat map at no more pixels than can be seen."""
+def _heatmap_to_draw(grounding: Grounding) -> NDArray[np.float32]:
+    """The heat map, at most `MAX_SIDE` pixels a side."""
     W, H = grounding.image_size
-    shrink = min(1.0, LONGEST / max(W, H))
+    shrink = min(1.0, MAX_SIDE / max(W, H))
     x0, y0, x1, y1 = (side * shrink for side in grounding.image_box)
     return normalised_heatmap(
         grounding.combined, (x0, y0, x1, y1), (max(1, round(W * shrink)), max(1, round(H * shrink)))
@@ -251,18 +259,18 @@ def _drawn_heat(grounding: Grounding) -> NDArray[np.float32]:
 
 
 def _draw_mask(axes: Axes, mask: NDArray[np.bool_], colour: str) -> None:
-    """Tint and outline, at no more pixels than can be seen."""
+    """Tint and outline a mask."""
     H, W = mask.shape
-    small = _small(mask)
+    small = _shrink_mask(mask)
     tint = np.zeros((*small.shape, 4))
     tint[..., :3] = to_rgb(colour)
-    tint[..., 3] = _TINT * small
+    tint[..., 3] = _MASK_OPACITY * small
     draw_cells(axes, tint, (0, 0, W, H))
     draw_outline(axes, small)
 
 
-def _small(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Every so many pixels of a mask, so that it has at most `LONGEST` a side."""
-    step = max(1, int(np.ceil(max(mask.shape) / LONGEST)))
+def _shrink_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask subsampled to at most `MAX_SIDE` pixels a side."""
+    step = max(1, int(np.ceil(max(mask.shape) / MAX_SIDE)))
     small = mask[step // 2 :: step, step // 2 :: step]
     return small if small.size else mask

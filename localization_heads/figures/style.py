@@ -1,6 +1,6 @@
-"""How every figure looks: palette, sizes, matplotlib's settings whatever the user's matplotlibrc says, and typed texts.
+"""The style of all figures (palette, sizes, matplotlib's settings), and the drawing of user text.
 
-Texts that people typed are drawn in fonts that have their letters, on lines that fit.
+User text is drawn in fonts that have its characters, and wrapped to lines that fit. The user's matplotlibrc is ignored.
 """
 
 from __future__ import annotations
@@ -27,94 +27,94 @@ _TOFU = "\N{WHITE SQUARE}"
 
 @lru_cache(maxsize=1)
 def _fonts() -> tuple[tuple[str, ...], NDArray[np.int16]]:
-    """Names of the installed fonts, and for each code point the first of them that has it, -1 for none.
+    """The names of the installed fonts, and `[code point]`: the index of the first that has a glyph for it, or -1.
 
-    Every font is opened once, when a text first needs more than `FONT` has.
+    Opens every installed font, once, when a text first contains a character that `FONT` lacks.
     """
     names: list[str] = []
     first = np.full(0x110000, -1, dtype=np.int16)
-    for entry in sorted(font_manager.fontManager.ttflist, key=_plainness):
-        if entry.name in names or entry.name.startswith((".", "Last")):  # macOS: boxes for every code point
-            continue
+    for entry in sorted(font_manager.fontManager.ttflist, key=_font_preference):
+        if entry.name in names or entry.name.startswith((".", "Last")):
+            continue  # the fallback fonts of macOS have a box for every code point
         try:
             codes = np.array(list(font_manager.get_font(entry.fname).get_charmap()), dtype=np.int64)
-        except (OSError, RuntimeError):  # it was removed, or is broken
+        except (OSError, RuntimeError):  # deleted or corrupt
             continue
         first[codes[first[codes] < 0]] = len(names)
         names.append(entry.name)
     return tuple(names), first
 
 
-def _plainness(entry: FontEntry) -> tuple[bool, bool, bool, bool, str]:
-    """What decides which font draws a letter that several have: `FONT`, then upright regular sans-serif ones."""
+def _font_preference(entry: FontEntry) -> tuple[bool, bool, bool, bool, str]:
+    """Sort key of fonts for a character that several have: `FONT`, then regular sans-serif fonts."""
     regular = entry.style == "normal" and entry.weight in (400, "normal", "regular")
     return entry.name != FONT, not regular, "Sans" not in entry.name, "Mono" in entry.name, entry.name
 
 
 @lru_cache(maxsize=1)
-def _own_letters() -> frozenset[int]:
+def _default_code_points() -> frozenset[int]:
+    """The code points that `FONT` has."""
     path = font_manager.findfont(FontProperties(family=[FONT]))
     return frozenset(font_manager.get_font(path).get_charmap())
 
 
 def _font_of(character: str) -> str | None:
-    """The font that draws a character, None where no installed one has it."""
-    if ord(character) in _own_letters():
+    """The font that draws a character; None if no installed font has it."""
+    if ord(character) in _default_code_points():
         return FONT
     names, first = _fonts()
     return names[number] if (number := int(first[ord(character)])) >= 0 else None
 
 
 def font_families(text: str) -> list[str]:
-    """The fonts that draw `text`, in matplotlib's order of fallback: `FONT`, then others for letters it lacks."""
+    """The fonts that draw `text`, in the order of fallback: `FONT`, then others for the characters that it lacks."""
     fonts = map(_font_of, text)
     return list(dict.fromkeys([FONT, *(font for font in fonts if font)]))
 
 
-def as_typed(text: str) -> dict[str, Any]:
-    """How matplotlib draws a `drawable` text: in fonts that have its letters, without reading it as mathematics."""
+def user_text_style(text: str) -> dict[str, Any]:
+    """Options of matplotlib for a `drawable` text: fonts that have its characters, and no mathtext."""
     return {"fontfamily": font_families(text), "parse_math": False}
 
 
 def drawable(text: str) -> str:
-    """`text` on one line, a white square where no font has the glyph (matplotlib would warn at each draw).
+    """`text` on one line, with a white square for each missing glyph (matplotlib would warn at every draw).
 
     >>> drawable("a  cat\\non the\\tmat")
     'a cat on the mat'
     """
-    glyphs = (_glyph(character) for character in unicodedata.normalize("NFC", text))
-    return " ".join("".join(glyphs).split())
+    characters = (_drawable_character(character) for character in unicodedata.normalize("NFC", text))
+    return " ".join("".join(characters).split())
 
 
-def _glyph(character: str) -> str:
-    """The character, or what stands for it: a space for control characters, nothing for invisible marks."""
+def _drawable_character(character: str) -> str:
+    """The character or its replacement: a space for control characters, nothing for invisible marks, or a square."""
     category = unicodedata.category(character)
     if category in ("Cc", "Zl", "Zp", "Zs"):
         return " "
-    if (
-        category in ("Cs", "Co") or _font_of(character) is None
-    ):  # private letters look different in every font
+    private = category in ("Cs", "Co")  # surrogates and private use: no font has a fixed glyph for them
+    if private or _font_of(character) is None:
         return "" if category in ("Cf", "Mn") else _TOFU
     return character
 
 
 def wrap(text: str, width: float, size: float, *, max_lines: int = 8) -> str:
-    """Break text into lines that fit, by measuring it; what goes beyond `max_lines` ends in an ellipsis.
+    """Break text into lines that fit, by measuring it; text beyond `max_lines` is cut with an ellipsis.
 
-    matplotlib's own `Text(wrap=True)` breaks at spaces alone and has no last line: a long word and a Chinese
-    sentence run out of the figure, and how many lines there will be is not known before the sheet has its size.
+    Unlike matplotlib's `Text(wrap=True)`, this also breaks long words and Chinese sentences, limits the number of
+    lines, and gives their number before the figure has its size.
 
     Args:
-        text: anything a person typed.
-        width: of the line, in inches.
-        size: of the font, in points.
+        text: any user text.
+        width: line width in inches.
+        size: font size in points.
     """
-    renderer = RendererAgg(1, 1, 72)  # at 72 dots an inch a pixel is a point
+    renderer = RendererAgg(1, 1, 72)  # at 72 dpi a pixel is a point
 
     def fits(line: str) -> bool:
-        # 3 % of slack: hinting makes glyphs a little wider at some resolutions than at this one
-        across: float = renderer.get_text_width_height_descent(line, font, ismath=False)[0]
-        return across * 1.03 <= width * 72
+        # 3 % of slack: at some resolutions hinting makes glyphs slightly wider than at this one.
+        line_width: float = renderer.get_text_width_height_descent(line, font, ismath=False)[0]
+        return line_width * 1.03 <= width * 72
 
     lines: list[str] = []
     rest = drawable(text[:4000])
@@ -132,20 +132,20 @@ def wrap(text: str, width: float, size: float, *, max_lines: int = 8) -> str:
 
 
 def _line_length(text: str, fits: Callable[[str], bool]) -> int:
-    """How many characters of `text` go on its first line: up to a place to break, if there is one."""
+    """The number of characters of `text` on its first line: up to the last possible break, if there is one."""
     lengths = range(1, min(len(text), 500) + 1)
-    most = max(1, bisect.bisect_left(lengths, True, key=lambda n: not fits(text[:n])))
-    if most == len(text):
-        return most
-    return next((n for n in range(most, 0, -1) if _breaks(text[n - 1], text[n])), most)
+    longest = max(1, bisect.bisect_left(lengths, True, key=lambda n: not fits(text[:n])))
+    if longest == len(text):
+        return longest
+    return next((n for n in range(longest, 0, -1) if _can_break(text[n - 1], text[n])), longest)
 
 
-def _breaks(before: str, after: str) -> bool:
-    """Whether a line may end between two characters: at spaces and hyphens, and anywhere beside CJK."""
+def _can_break(before: str, after: str) -> bool:
+    """Whether a line may end between two characters: at spaces, after hyphens, and after wide (CJK) characters."""
     return " " in (before, after) or before == "-" or unicodedata.east_asian_width(before) in "WF"
 
 
-# Okabe and Ito's palette, which the common colour blindnesses keep apart
+# The palette of Okabe and Ito, which is safe for the common forms of colour blindness.
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8C8C8C"
@@ -163,7 +163,7 @@ _STYLE = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titley": 1.0,  # where matplotlib would find it has to be after measuring the ticks
+    "axes.titley": 1.0,  # saves measuring the ticks to find this position
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.5,
     "figure.constrained_layout.h_pad": 0.03,
@@ -171,12 +171,12 @@ _STYLE = {
     "pdf.fonttype": 42,  # conferences refuse the Type 3 fonts that matplotlib embeds by default
 }
 
-# rcParams belong to the process: figures of ours drawn in several threads take turns with them.
+# rcParams are global to the process, so threads draw one figure at a time.
 style_lock = threading.RLock()
 
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """Draw with matplotlib's defaults and our style, whatever the user's matplotlibrc says."""
+    """Draw with matplotlib's defaults and our style, ignoring the user's matplotlibrc."""
     with style_lock, matplotlib.style.context(["default", {**_STYLE, "font.family": [FONT]}]):
         yield

@@ -47,7 +47,7 @@ from localization_heads.store.results import Instance, Prediction
 from localization_heads.store.statistics import StatisticsStore
 
 if TYPE_CHECKING:
-    from localization_heads.figures import Found
+    from localization_heads.figures import DetectedObject
 
 
 def zoom_pass(run: Run, heads: Sequence[Head] | None) -> SecondPass | None:
@@ -194,12 +194,14 @@ def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[O
     return paths
 
 
-def _drawn_object(phrase: str, prediction: Prediction | Instance, image_size: tuple[int, int]) -> Found:
-    from localization_heads.figures import Found
+def _drawn_object(
+    phrase: str, prediction: Prediction | Instance, image_size: tuple[int, int]
+) -> DetectedObject:
+    from localization_heads.figures import DetectedObject
 
     assert prediction.bbox is not None
     mask = None if prediction.mask is None else read_mask(prediction.mask, image_size)
-    return Found(phrase, prediction.bbox, prediction.score or 0.0, mask)
+    return DetectedObject(phrase, prediction.bbox, prediction.score or 0.0, mask)
 
 
 class _Grounded(NamedTuple):

@@ -201,7 +201,7 @@ def _draw(
     video: Video, fps: float | None, predictions: Sequence[Prediction], path: Path
 ) -> list[tuple[float, Image.Image]]:
     """Write the frames with their boxes as a video -> a few of them as thumbnails, each with its time."""
-    from localization_heads.figures.sequences import framed
+    from localization_heads.figures.sequences import draw_prediction
 
     last = predictions[-1].time or 0.0
     rate = (len(predictions) - 1) / last if last and len(predictions) > 1 else fps or video.rate
@@ -212,7 +212,7 @@ def _draw(
         for index, (frame, one) in enumerate(zip(frames(video, fps), predictions, strict=False)):
             if frame.image is None:
                 continue
-            pixels = framed(frame.image, one)
+            pixels = draw_prediction(frame.image, one)
             file.add(pixels)
             if index in chosen:
                 small = Image.fromarray(pixels)

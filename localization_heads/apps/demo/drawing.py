@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from localization_heads.attention import Box, rescale_box
 from localization_heads.figures.overlay import opacity
-from localization_heads.figures.several import turns
+from localization_heads.figures.several import dash_slots
 from localization_heads.figures.style import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
@@ -41,7 +41,7 @@ def draw_boxes(
     pen = ImageDraw.Draw(shown)
     line = max(2, round(max(shown.size) / 180))
     boxes = [found.box for found in found_here]
-    for colour, box, (which, many) in zip(COLOURS, boxes, turns(boxes, 1.5 * line), strict=False):
+    for colour, box, (which, many) in zip(COLOURS, boxes, dash_slots(boxes, 1.5 * line), strict=False):
         if which == 0:
             pen.rectangle(_corners(box), outline=PAPER, width=line + 2)
             pen.rectangle(_corners(box), outline=colour, width=line)
