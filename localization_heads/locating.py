@@ -22,7 +22,7 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import MIN_INSTANCE_MASS_OF_PLACES, ground_maps
 from localization_heads.located import Located
 from localization_heads.lvlm.vocabulary import singularize_unknown_words, warn_of_unknown_words
-from localization_heads.options.finder_mixins import PLACES, ImageBoxes, InstancesBy
+from localization_heads.options.finder_mixins import PLACE_PARAPHRASES, ImageBoxes, InstancesBy
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.segmentation.segmenter import GRABCUT, Proposer
 
@@ -255,7 +255,7 @@ def ground_all(
         raise ArgumentError(f"expression={shown(expression)}: give one text; ground takes several")
     grounder = grounder_of(lvlm, heads, CriteriaOptions(), options, segmenter, k)
     if by == "places":
-        lvlm = lvlm.with_paraphrases(PLACES)
+        lvlm = lvlm.with_paraphrases(PLACE_PARAPHRASES)
     text = singularize_unknown_words(lvlm.processor.tokenizer, texts[0])
     image = load_prompt_images(source)
     grounder = calibrated(grounder, lvlm, calibration, abstain)

@@ -19,7 +19,7 @@ from localization_heads.locating import ground
 from localization_heads.lvlm.conversation import Conversation
 from localization_heads.options.compose import describe_preset
 from localization_heads.options.groups import ConvMode
-from localization_heads.options.stage_groups import MOST_TOKENS
+from localization_heads.options.stage_groups import MAX_TRACE_TOKENS
 from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
 from localization_heads.stages.trace import write_trace
@@ -151,7 +151,7 @@ class Session:
             image,
             question,
             self._heads(),
-            max_new_tokens=min(options.max_new_tokens, MOST_TOKENS),
+            max_new_tokens=min(options.max_new_tokens, MAX_TRACE_TOKENS),
             options=options.grounding,
         )
         page = self._path(question, "_trace.html")

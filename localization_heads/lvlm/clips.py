@@ -29,7 +29,7 @@ from localization_heads.lvlm.families.geometry import (
 )
 from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
 from localization_heads.lvlm.text.query_tokens import remove_token
-from localization_heads.options.finder_mixins import MOST_FRAMES
+from localization_heads.options.finder_mixins import MAX_FRAMES_PER_PROMPT
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.attention_model import AttentionModel
@@ -297,8 +297,10 @@ def attend_clip(
     """
     if not frames:
         return []
-    if len(frames) > MOST_FRAMES:
-        raise UsageError(f"a clip of {len(frames)} frames: {MOST_FRAMES} at most go into one prompt")
+    if len(frames) > MAX_FRAMES_PER_PROMPT:
+        raise UsageError(
+            f"a clip of {len(frames)} frames: {MAX_FRAMES_PER_PROMPT} at most go into one prompt"
+        )
     if lvlm.paraphrases:
         raise UsageError("video=native: leave out paraphrases=, which asks about images")
     if lvlm.changes:

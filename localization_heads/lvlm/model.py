@@ -41,7 +41,7 @@ from localization_heads.lvlm.sharing import ComputeMaps, EncodedImage, prepare_u
 from localization_heads.lvlm.tracing import trace_answer
 from localization_heads.options.compose import default_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
-from localization_heads.options.stage_groups import TRACE_TOKENS, TraceOptions
+from localization_heads.options.stage_groups import DEFAULT_TRACE_TOKENS, TraceOptions
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class LVLM(AttentionModel):
         query: str,
         heads: Sequence[Head] | None = None,
         *,
-        max_new_tokens: int = TRACE_TOKENS,
+        max_new_tokens: int = DEFAULT_TRACE_TOKENS,
         trace: TraceOptions | None = None,
         options: GroundingOptions | None = None,
     ) -> Trace:

@@ -31,7 +31,7 @@ from localization_heads.lvlm.forward.capture import (
 )
 from localization_heads.lvlm.forward.failures import memory_errors, mismatch_errors
 from localization_heads.options.groups import GroundingOptions, ViewChoice
-from localization_heads.options.stage_groups import MOST_TOKENS, TraceOptions
+from localization_heads.options.stage_groups import MAX_TRACE_TOKENS, TraceOptions
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.attention_model import AttentionModel
@@ -151,8 +151,8 @@ def trace_answer(
 
 
 def _check_options(max_new_tokens: int, options: TraceOptions, grounding: GroundingOptions) -> None:
-    if not 1 <= max_new_tokens <= MOST_TOKENS:
-        raise UsageError(f"max_new_tokens={max_new_tokens}: give a trace 1 to {MOST_TOKENS} tokens")
+    if not 1 <= max_new_tokens <= MAX_TRACE_TOKENS:
+        raise UsageError(f"max_new_tokens={max_new_tokens}: give a trace 1 to {MAX_TRACE_TOKENS} tokens")
     if options.keep == "mean" and grounding.combine == "consensus":
         raise UsageError(
             "trace.keep=mean: grounding.combine=consensus needs the maps of single heads; write trace.keep=heads"

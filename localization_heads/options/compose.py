@@ -1,7 +1,7 @@
-"""The configuration that Hydra composes and the text of `--help`, both made from the classes of options.
+"""Hydra's configuration and the text of `--help`, both generated from the option classes.
 
-Every value and every group comes from the classes (`programs`, `groups`); the files of `config/<group>/` and the table
-of `experiments` change some of them under a name.
+The classes (`programs`, `groups`) define every group and default. Presets, which change a few values under a name, are
+the files of `config/<group>/` and the tables in `experiments`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ PROGRAMS: dict[str, type[Options]] = {
     "demo": DemoOptions,
 }
 BASE = "base"
-"""The choice of a group that every file of it inherits from: the defaults of its class."""
+"""The choice that every preset of a group inherits from: the defaults of its class."""
 _WIDTH = 118
 
 
 def default_choices(program: str) -> dict[str, str]:
-    """The groups of a program, each with the choice that is made unless another is named."""
+    """The groups of a program, each with its default choice."""
     fields = PROGRAMS[program].__pydantic_fields__
-    own = {name: choice for name, field in fields.items() if (choice := option_metadata(field)["choice"])}
-    return {**own, **{name: choice for name, (choice, _) in PROGRAMS[program].EXTRA_GROUPS.items()}}
+    groups = {name: choice for name, field in fields.items() if (choice := option_metadata(field)["choice"])}
+    return {**groups, **{name: choice for name, (choice, _) in PROGRAMS[program].EXTRA_GROUPS.items()}}
 
 
 def choices_of(group: str) -> list[str]:
-    """The choices of `group=`: files of `config/<group>/` and rows of the tables."""
+    """The choices of `group=`: files of `config/<group>/` and rows of `TABLES`."""
     folder = files("localization_heads") / "config" / group
     stems = [file.name.removesuffix(".yaml") for file in folder.iterdir()] if folder.is_dir() else []
     return sorted([stem for stem in stems if not stem.startswith("_")] + list(TABLES.get(group, ())))
 
 
 def option_names(program: str) -> dict[str, FieldInfo]:
-    """Every option by the name that the command line knows, groups among them."""
+    """The options of a program by their names on the command line, such as `criteria.tau`."""
     return dict(_leaves(PROGRAMS[program]))
 
 
@@ -59,7 +59,7 @@ def _leaves(kind: type[Options], prefix: str = "") -> Iterator[tuple[str, FieldI
 
 
 def to_plain(value: Any) -> Any:
-    """A default as a value of YAML."""
+    """A value as the plain types of YAML."""
     if isinstance(value, Options):
         return {name: to_plain(getattr(value, name)) for name in type(value).__pydantic_fields__}
     if isinstance(value, Head):
@@ -70,13 +70,13 @@ def to_plain(value: Any) -> Any:
 
 
 def register(program: str) -> None:
-    """Hand every option to Hydra: the program's own as its main config, a group's as the `base` of its files."""
+    """Register all options with Hydra: the program's own as its main config, a group's as the `base` of its presets."""
     from hydra.core.config_store import ConfigStore
 
     store, kind = ConfigStore.instance(), PROGRAMS[program]
     groups = default_choices(program)
     values = {name: to_plain(f.default) for name, f in kind.__pydantic_fields__.items() if name not in groups}
-    # These set options of the program itself, so they come after its defaults.
+    # These groups also set options of the program itself, so they come after its defaults.
     overriding = {*kind.EXTRA_GROUPS, *TABLES}
     before = [{name: choice} for name, choice in groups.items() if name not in overriding]
     after = [{name: choice} for name, choice in groups.items() if name in overriding]
@@ -93,7 +93,7 @@ def register(program: str) -> None:
 
 
 def _row(group: str, node: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table as Hydra takes it: on top of the group's base; a rung sets options of the program besides."""
+    """A row of `TABLES` as a Hydra config on top of the group's base; a rung also sets options of the program."""
     if group == "rung" or "hydra" in node:
         base = [f"{BASE}@{group}", *node.get("defaults", []), "_self_"]
         return {"node": {**node, "defaults": base}, "package": "_global_"}
@@ -109,37 +109,37 @@ _HYDRA = {
 
 
 def help_text(program: str) -> str:
-    """Every option with its default and the sentence that explains it, those of the chosen groups last."""
+    """Every option with its default and sentence; the groups that have presets come last."""
     kind, groups = PROGRAMS[program], default_choices(program)
     lines: list[str] = []
-    of_choices: dict[str, list[str]] = {}
+    preset_sections: dict[str, list[str]] = {}
     fields = kind.__pydantic_fields__.items()
-    # The program's own options come before those that it shares with others.
+    # The program's own options come before inherited ones.
     for name, field in sorted(fields, key=lambda item: item[0] not in kind.__annotations__):
         if section := option_metadata(field)["section"]:
             lines += ["", _rule(section)]
         group = option_group(field)
         if name in groups and group:
-            lines += _explained(name, groups[name], field.description)
-            of_choices[name] = _section(
+            lines += _entry(name, groups[name], field.description)
+            preset_sections[name] = _section(
                 f"{name}={groups[name]}", name, group, load_preset(name, groups[name])
             )
         elif group:
             lines += _section(str(field.description).rstrip("."), name, group, {})
         else:
-            lines += _explained(name, field.default, field.description)
+            lines += _entry(name, field.default, field.description)
     for name, (choice, sentence) in kind.EXTRA_GROUPS.items():
-        lines += _explained(name, choice, sentence)
+        lines += _entry(name, choice, sentence)
     for name in groups:
-        lines += of_choices.get(name, [])
+        lines += preset_sections.get(name, [])
     return "\n".join(lines).strip() + "\n"
 
 
-def _section(title: str, name: str, group: type[Options], chosen: Mapping[str, Any]) -> list[str]:
-    """The options of a group below a rule, with the values that a preset has chosen."""
+def _section(title: str, name: str, group: type[Options], values: Mapping[str, Any]) -> list[str]:
+    """The options of a group under a heading, with the values of a preset."""
     lines = ["", _rule(title)]
     for key, field in _leaves(group):
-        lines += _explained(f"{name}.{key}", chosen.get(key, field.default), field.description)
+        lines += _entry(f"{name}.{key}", values.get(key, field.default), field.description)
     return lines
 
 
@@ -147,20 +147,20 @@ def _rule(title: str) -> str:
     return f"# --- {title} {'-' * (_WIDTH - 7 - len(title))}"
 
 
-def _explained(name: str, value: Any, sentence: str | None) -> list[str]:
+def _entry(name: str, value: Any, sentence: str | None) -> list[str]:
     comment = textwrap.wrap(sentence or "", _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     return [*(f"# {line}" for line in comment), f"{name}: {format_yaml(value)}"]
 
 
 def format_yaml(value: Any) -> str:
-    """A value as YAML and the command line have it."""
+    """A value in the syntax of YAML and the command line."""
     value = to_plain(value)
     return f"[{', '.join(map(format_yaml, value))}]" if isinstance(value, list) else format_value(value)
 
 
 @cache
 def load_preset(group: str, choice: str) -> Mapping[str, Any]:
-    """The values that a choice changes in its group, read without Hydra."""
+    """The values that a preset changes in its group, read without Hydra."""
     if choice in TABLES.get(group, ()):
         return TABLES[group][choice]
     import yaml
@@ -169,10 +169,10 @@ def load_preset(group: str, choice: str) -> Mapping[str, Any]:
     return {str(name): value for name, value in yaml.safe_load(text).items() if name != "defaults"}
 
 
-def flatten(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every option with its value, as the command line names and writes them."""
-    for name in type(chosen).__pydantic_fields__:
-        value = getattr(chosen, name)
+def flatten(values: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every option with its value, in the syntax of the command line."""
+    for name in type(values).__pydantic_fields__:
+        value = getattr(values, name)
         if isinstance(value, Options):
             yield from flatten(value, f"{prefix}{name}.")
         else:
@@ -181,50 +181,55 @@ def flatten(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 @cache
 def default_grounding() -> GroundingOptions:
-    """The read-out where none is asked for, of the preset `DEFAULT_GROUNDING`."""
+    """The read-out of the preset `DEFAULT_GROUNDING`."""
     return GroundingOptions(**load_preset("grounding", DEFAULT_GROUNDING))
 
 
 def implied_overrides(program: str, words: Sequence[str]) -> list[str]:
-    """What the words of a command line imply: `grounding=paper` for what is the paper's, where none is named.
+    """`grounding=paper` for a command line that reproduces the paper or the published code and names no `grounding=`.
 
     >>> implied_overrides("finder", ["criteria=published"])
     ['grounding=paper']
     >>> implied_overrides("finder", ["criteria=published", "grounding=sharp"])
     []
     """
-    named = dict(word.lstrip("+").partition("=")[::2] for word in words)
-    if "grounding" in named or "grounding" not in default_choices(program):
+    given = dict(word.lstrip("+").partition("=")[::2] for word in words)
+    if "grounding" in given or "grounding" not in default_choices(program):
         return []
-    of_paper = named.get("criteria", "").startswith("published") or named.get("stage") == "experiment"
-    # The ladder's rungs name their own.
-    experiment = named.get("experiment", "none") not in ("none", "ladder")
-    return ["grounding=paper"] if (of_paper and named.get("experiment") != "ladder") or experiment else []
+    experiment = given.get("experiment", "none")
+    if experiment == "ladder":  # each rung sets its own read-out
+        return []
+    reproduces = (
+        experiment != "none"
+        or given.get("criteria", "").startswith("published")
+        or given.get("stage") == "experiment"
+    )
+    return ["grounding=paper"] if reproduces else []
 
 
-def describe_preset(group: str, chosen: Options) -> str:
-    """The preset that a group's options are, or the nearest one and what differs from it.
+def describe_preset(group: str, options: Options) -> str:
+    """The preset that equals a group's options, or the most similar one and how they differ from it.
 
     >>> describe_preset("grounding", GroundingOptions(sigma=0.5))
     'paper with sigma=0.5'
     """
-    values = {name: to_plain(getattr(chosen, name)) for name in type(chosen).__pydantic_fields__}
-    base = to_plain(type(chosen)())
+    values = {name: to_plain(getattr(options, name)) for name in type(options).__pydantic_fields__}
+    base = to_plain(type(options)())
     presets = {choice: {**base, **load_preset(group, choice)} for choice in choices_of(group)}
-    other = {
-        choice: {name: value for name, value in values.items() if there[name] != value}
-        for choice, there in presets.items()
+    changes = {
+        choice: [name for name, value in values.items() if preset_values[name] != value]
+        for choice, preset_values in presets.items()
     }
-    nearest = min(other, key=lambda choice: len(other[choice]))
-    changed = ", ".join(f"{name}={format_yaml(getattr(chosen, name))}" for name in other[nearest])
+    nearest = min(changes, key=lambda choice: len(changes[choice]))
+    changed = ", ".join(f"{name}={format_yaml(getattr(options, name))}" for name in changes[nearest])
     return f"{nearest} with {changed}" if changed else nearest
 
 
 def compose_options(program: str, *overrides: str) -> Any:
-    """The options of a program as its command line with these overrides has them: an object of its class.
+    """The options of a program for a command line with these overrides, as an object of its class.
 
     Raises:
-        UsageError: a value that an option does not take. What Hydra refuses is raised as it comes.
+        UsageError: an invalid value. Hydra's own errors are raised unchanged.
     """
     from hydra import compose, initialize_config_module
 
@@ -234,7 +239,7 @@ def compose_options(program: str, *overrides: str) -> Any:
 
 
 def validate(program: str, cfg: Any) -> Any:
-    """The options that Hydra has composed as an object of the program's class. UsageError for a wrong value."""
+    """Convert Hydra's composed config to an object of the program's class. UsageError for an invalid value."""
     from omegaconf import OmegaConf
 
     values: Any = OmegaConf.to_container(cfg, resolve=True)

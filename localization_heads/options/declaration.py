@@ -1,7 +1,7 @@
-"""How an option is declared: kinds of values, the sentence for a wrong one, and a class of options from plain values.
+"""How options are declared and validated: types of values, the decorator `options`, and error messages.
 
-An option is a typed field with a default and a sentence. Everything that is said about it is made from that one place:
-the check, the error, `--help`, the tables of the docs, and what Hydra composes. Neither torch nor numpy is needed.
+An option is a typed field with a default and a sentence. Validation, error messages, `--help`, the tables of the docs
+and Hydra's config are all generated from that one declaration. Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from localization_heads.errors import UsageError, printable
 from localization_heads.store.paths import check_id, expand_home
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""`true` is no number, "3" is not 3, infinities and NaN are refused."""
+"""No coercion: `true` is not 1 and "3" is not 3. Infinities and NaN are rejected."""
 
 Kind = TypeVar("Kind", bound="type[Options]")
 
 
 class OptionError(UsageError, ValueError):
-    """An option has a value that it does not take.
+    """An option has an invalid value.
 
     Args:
-        name: the option's, in its class.
-        advice: its value, and what it takes.
+        name: the option's name in its class.
+        advice: its value, and what it accepts.
     """
 
     def __init__(self, name: str, advice: str) -> None:
@@ -54,65 +54,65 @@ class OptionError(UsageError, ValueError):
 
 @dataclass_transform(frozen_default=True)
 def options(kind: Kind) -> Kind:
-    """Makes options of a class with `option` fields: a frozen pydantic dataclass whose errors are one line."""
-    made: Any = pydantic_dataclass(frozen=True, config=_STRICT)(kind)
-    checked = made.__init__
+    """Class decorator: a frozen, strict pydantic dataclass that raises OptionError with a message of one line."""
+    decorated: Any = pydantic_dataclass(frozen=True, config=_STRICT)(kind)
+    validating_init = decorated.__init__
 
-    @wraps(checked)
+    @wraps(validating_init)
     def init(self: Any, *values: Any, **named: Any) -> None:
         try:
-            checked(self, *values, **named)
+            validating_init(self, *values, **named)
         except ValidationError as error:
-            raise _one_line(type(self), error) from None
+            raise _one_line_error(type(self), error) from None
         _check_kinds(self)
 
-    made.__init__ = init
-    return cast(Kind, made)
+    decorated.__init__ = init
+    return cast(Kind, decorated)
 
 
-def _check_kinds(chosen: Any) -> None:
-    """An option that is set although this kind ignores it is an error."""
-    for name, field in type(chosen).__pydantic_fields__.items():
-        value = getattr(chosen, name)
-        if value != field.default and not _is_read(chosen, field):
+def _check_kinds(values: Any) -> None:
+    """Raise OptionError for an option that is set although the selected `kind` ignores it."""
+    for name, field in type(values).__pydantic_fields__.items():
+        value = getattr(values, name)
+        if value != field.default and not _is_active(values, field):
             kinds = " or ".join(option_metadata(field)["kinds"])
-            raise OptionError(name, f"{format_value(value)}: only {kinds} reads it, and not {chosen.kind}")
+            raise OptionError(name, f"{format_value(value)}: only {kinds} reads it, and not {values.kind}")
 
 
-def _is_read(chosen: Any, field: FieldInfo) -> bool:
+def _is_active(values: Any, field: FieldInfo) -> bool:
     kinds = option_metadata(field).get("kinds")
-    return not kinds or chosen.kind in kinds
+    return not kinds or values.kind in kinds
 
 
-def active_values(chosen: Options) -> dict[str, Any]:
-    """The values of a group by name, without those that its kind does not read."""
-    fields = type(chosen).__pydantic_fields__
-    return {name: getattr(chosen, name) for name, field in fields.items() if _is_read(chosen, field)}
+def active_values(values: Options) -> dict[str, Any]:
+    """The values of a group by name, without those that its `kind` ignores."""
+    fields = type(values).__pydantic_fields__
+    return {name: getattr(values, name) for name, field in fields.items() if _is_active(values, field)}
 
 
 def first_changed_option(name: str, value: Any) -> str:
-    """The name of an option; of a group, that of the first in it that has another value than its default."""
+    """`name` for a single option; for a group, the first option in it that is not at its default."""
     fields = type(value).__pydantic_fields__ if isinstance(value, Options) else {}
     return next((f"{name}.{own}" for own, f in fields.items() if getattr(value, own) != f.default), name)
 
 
-def measured_values(chosen: Options) -> dict[str, Any]:
-    """The values of a group, by name, that stored statistics depend on."""
-    fields = type(chosen).__pydantic_fields__
+def measured_values(values: Options) -> dict[str, Any]:
+    """The values of a group that stored statistics depend on, by name."""
+    fields = type(values).__pydantic_fields__
     return {
-        name: getattr(chosen, name)
+        name: getattr(values, name)
         for name, field in fields.items()
         if option_metadata(field).get("measured")
     }
 
 
-def _one_line(kind: type[Options], error: ValidationError) -> Exception:
+def _one_line_error(kind: type[Options], error: ValidationError) -> Exception:
     first = error.errors()[0]
-    own = first.get("ctx", {}).get("error")
-    if isinstance(own, OptionError):  # of a check of several options together
-        return own
-    place, value = first["loc"][0] if first["loc"] else "", first["input"]
-    name = list(kind.__pydantic_fields__)[place] if isinstance(place, int) else place
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, OptionError):  # raised by a validator of several options together
+        return cause
+    location, value = first["loc"][0] if first["loc"] else "", first["input"]
+    name = list(kind.__pydantic_fields__)[location] if isinstance(location, int) else location
     if name not in kind.__pydantic_fields__:
         return TypeError(f"{kind.__name__}: {first['msg']}: {name}")
     if len(first["loc"]) > 1 and isinstance(first["loc"][1], int):
@@ -123,24 +123,24 @@ def _one_line(kind: type[Options], error: ValidationError) -> Exception:
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """The requirement on a value, in words, where the type alone does not express it."""
+    """What a value must be, in words, if the type alone does not express it."""
 
     sentence: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadAs:
-    """How the command line reads an option whose value Hydra's grammar must not read.
+    """How the command line parses an option instead of by Hydra's grammar.
 
-    A `text` is taken as it was typed, a `path` as well, with `~` for the home folder; `texts` and `paths` are a list
-    `[A,B]` of them, or one. What has no such mark is read by Hydra's grammar.
+    A `text` is taken literally; so is a `path`, with `~` expanded. `texts` and `paths` are one or a list `[A,B]`.
+    Options without this mark are parsed by Hydra's grammar.
     """
 
     kind: Literal["text", "texts", "path", "paths"]
 
 
 def _as_text(value: Any) -> Any:
-    """A number on the command line is text as it is written."""
+    """Accept a number for an option that takes text."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if is_number else value
 
@@ -166,48 +166,50 @@ def _one_or_several(value: Any) -> Any:
 
 
 def _template(text: str) -> str:
-    """Of a paraphrase. ValueError unless it has one place for the expression."""
+    """ValueError unless a paraphrase has exactly one place for the expression."""
     if text.count("{}") != 1:
         raise ValueError
     return text
 
 
 def _image_choice(value: Any) -> Any:
-    """One name, or a tuple of two or more."""
-    names = value if isinstance(value, (list, tuple)) else [value]
-    texts = [_as_text(name) for name in names]
-    if len(texts) < 1 + isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+    """One image, or a tuple of two or more."""
+    is_list = isinstance(value, (list, tuple))
+    texts = [_as_text(item) for item in (value if is_list else [value])]
+    if (is_list and len(texts) < 2) or not all(isinstance(text, str) for text in texts):
         raise ValueError
-    found = tuple(expand_home(_not_blank(text)) for text in texts)
-    return found if isinstance(value, (list, tuple)) else found[0]
+    images = tuple(expand_home(_not_blank(text)) for text in texts)
+    return images if is_list else images[0]
 
 
 def _head_choice(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(expand_home(str(item)) for item in value)
-    listed = isinstance(value, str) and ("," in value or value[:1] == "[") and not value.endswith(".json")
-    if listed or isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+    looks_like_list = (
+        isinstance(value, str) and ("," in value or value[:1] == "[") and not value.endswith(".json")
+    )
+    if looks_like_list or isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise ValueError("no heads")
     return expand_home(str(value))
 
 
 Word = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]
-"""A text of a few words that Hydra's grammar can read, so that a sweep can go over it."""
+"""A short text in Hydra's grammar, so that it can be swept over."""
 Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank), ReadAs("text")]
-"""Not blank; a number is taken as it is written."""
+"""A literal text that is not blank."""
 Sentence = Annotated[str, ReadAs("text")]
-"""Also an empty one."""
+"""A literal text that may be empty."""
 PathText = Annotated[Text, AfterValidator(expand_home), ReadAs("path")]
-"""A path, or an address or a name where the sentence says so; `~` stands for a home folder."""
+"""A path with `~` expanded; or an address or a name if the option's sentence says so."""
 FolderPath = Annotated[PathText, Requirement("give a folder")]
 FolderName = Annotated[Text, AfterValidator(check_id), Requirement("give a plain folder name")]
-"""One plain name: files are written into it."""
+"""A single path component, since files are written into the folder."""
 Fraction = Annotated[float, Field(gt=0, le=1), Requirement("give a number above 0 and at most 1")]
 OddInt = Annotated[
     int, Field(ge=1, le=63), AfterValidator(_odd), Requirement("give an odd number from 1 to 63")
 ]
 FromList = BeforeValidator(_as_tuple)
-"""Of a tuple: a list is one as well."""
+"""For a field of type tuple: also accepts a list, as Hydra gives it."""
 Item = TypeVar("Item")
 OneOrMore = Annotated[tuple[Item, ...], BeforeValidator(_one_or_several), ReadAs("paths")]
 Paraphrases = Annotated[
@@ -217,14 +219,14 @@ Paraphrases = Annotated[
     Field(min_length=1, max_length=8),
     Requirement("write one to eight templates, each with one {}, such as [the {},a {}]"),
 ]
-"""Templates that an expression is put into."""
+"""Templates that the expression is inserted into."""
 ImageChoice = Annotated[
     Any,
     AfterValidator(_image_choice),
     ReadAs("paths"),
     Requirement("give an image, or a list of two or more, such as [a.jpg,b.jpg]"),
 ]
-"""An image's path or address, or a tuple of several."""
+"""The path or address of an image, or a tuple of several."""
 HeadChoice = Annotated[
     Any,
     AfterValidator(_head_choice),
@@ -233,7 +235,7 @@ HeadChoice = Annotated[
         "write auto, greedy, a heads.json, a hub repository user/repo, or a list such as [14-24,14-13]"
     ),
 ]
-"""A name, or a tuple of heads' names; `head_choice.choose_heads` knows what they stand for."""
+"""A name, or a tuple of heads; resolved by `head_choice.choose_heads`."""
 
 
 def option(
@@ -247,43 +249,43 @@ def option(
     measured: bool = False,
     **limits: Any,
 ) -> Any:
-    """A field: its default, the sentence that explains it, and `ge`, `gt`, `le`, `lt` as pydantic knows them.
+    """Declare an option: its default, the sentence that explains it, and pydantic's limits `ge`, `gt`, `le`, `lt`.
 
     Args:
-        section: heads this option and those after it in `--help` and the docs.
-        choice: of a group: the preset that is taken unless another is named.
-        stages: the only ones that read it.
-        kinds: of a group with a `kind`: the only ones that read it.
-        measured: of a criterion: the statistics of a sample depend on it, so that another value needs the maps again.
+        section: heading, in `--help` and the docs, of this option and those after it.
+        choice: for a group: the default preset.
+        stages: the stages that use the option; empty for all.
+        kinds: for an option of a group with a `kind`: the kinds that use it; empty for all.
+        measured: for a criterion: whether a sample's statistics depend on it, so that a new value needs the maps again.
     """
-    said: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "section": section,
         "choice": choice,
         "stages": list(stages),
         "kinds": list(kinds),
         "measured": measured,
     }
-    return Field(default, description=sentence, json_schema_extra=said, **limits)
+    return Field(default, description=sentence, json_schema_extra=metadata, **limits)
 
 
 def option_metadata(field: FieldInfo) -> dict[str, Any]:
-    """The arguments of `option` besides the sentence and the limits."""
+    """The arguments of `option` other than default, sentence and limits."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 class Options:
-    """Base of the classes of options, each of which is a frozen pydantic dataclass."""
+    """Base class of all option classes, which are frozen pydantic dataclasses."""
 
     __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
     EXTRA_GROUPS: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """Groups whose choices set options of the program itself: the default choice and the sentence of each."""
+    """Groups whose presets set options of the program itself: name -> (default choice, sentence)."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], prefix: str = "") -> Self:
-        """From plain values, as Hydra composes them; what is not there keeps its default.
+        """Create from plain values, as Hydra composes them; missing options keep their defaults.
 
         Raises:
-            UsageError: names the first wrong option, its value, and what it takes.
+            UsageError: an unknown option or an invalid value; the message names the first one and what it accepts.
         """
         known = cls.__pydantic_fields__
         given = {}
@@ -301,13 +303,13 @@ class Options:
 
 
 def option_group(field: FieldInfo) -> type[Options] | None:
-    """The class of a group of options; None for a single one."""
+    """The class of a group of options; None for a single option."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Options) else None
 
 
 def format_value(value: Any) -> str:
-    """A value as it is written on the command line, on one line and not too long for a message."""
+    """A value in the syntax of the command line, on one line and truncated for messages."""
     if isinstance(value, int) and abs(value) >= 10**100:
         return "a huge number"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -315,7 +317,7 @@ def format_value(value: Any) -> str:
 
 
 def did_you_mean(written: str, choices: Iterable[str]) -> str:
-    """A question to begin a hint with, or nothing.
+    """`did you mean X? ` if one of the choices is similar to what was written, else an empty string.
 
     >>> did_you_mean("LLaVa", ["tiny", "llava"]), did_you_mean("x", ["tiny"])
     ('did you mean llava? ', '')
@@ -325,47 +327,47 @@ def did_you_mean(written: str, choices: Iterable[str]) -> str:
 
 
 def read_as(field: FieldInfo) -> str:
-    """How the command line reads an option: `value`, or what its mark says."""
+    """How the command line parses an option: the kind of its `ReadAs` mark, or `value` for Hydra's grammar."""
     parts = get_args(field.annotation) if _is_union(field.annotation) else ()
     marks = [*field.metadata, *(mark for part in parts for mark in _marks(part))]
     return next((mark.kind for mark in reversed(marks) if isinstance(mark, ReadAs)), "value")
 
 
 def describe_requirement(field: FieldInfo, value: Any = None) -> str:
-    """The requirement on a value as advice: `give a whole number of at least 1, or null`."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    known = [str(word) for kind in kinds for word in _words(kind)]
+    """What an option accepts, as advice: `give a whole number of at least 1, or null`."""
+    alternatives = [field.annotation, *get_args(field.annotation)]
+    known = [str(word) for alternative in alternatives for word in _literals(alternative)]
     near = did_you_mean(value, known) if isinstance(value, str) else ""
-    return near + _wants(field.annotation, field.metadata)
+    return near + _advice(field.annotation, field.metadata)
 
 
 def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType)
 
 
-def _words(kind: Any) -> tuple[Any, ...]:
-    """The words of a Literal; none of another kind."""
+def _literals(kind: Any) -> tuple[Any, ...]:
+    """The words of a Literal; empty for another type."""
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def _marks(kind: Any) -> Iterator[Any]:
-    """What `Annotated` says of a kind; pydantic keeps a part of it inside a field's info."""
+    """The metadata of an `Annotated` type; pydantic wraps some of it in a FieldInfo."""
     for mark in getattr(kind, "__metadata__", ()):
         yield from mark.metadata if isinstance(mark, FieldInfo) else (mark,)
 
 
-def _wants(kind: Any, marks: Iterable[Any] = ()) -> str:
+def _advice(kind: Any, marks: Iterable[Any] = ()) -> str:
     marks = list(marks)
-    if said := next((mark.sentence for mark in marks if isinstance(mark, Requirement)), ""):
-        return said
+    if sentence := next((mark.sentence for mark in marks if isinstance(mark, Requirement)), ""):
+        return sentence
     if get_origin(kind) is Annotated:
-        return _wants(get_args(kind)[0], [*_marks(kind), *marks])
+        return _advice(get_args(kind)[0], [*_marks(kind), *marks])
     if _is_union(kind):
-        return _wants_one_of(get_args(kind), marks)
-    if words := _words(kind):
+        return _union_advice(get_args(kind), marks)
+    if words := _literals(kind):
         return f"choose one of {', '.join(map(str, words))}"
     if get_origin(kind) is tuple:
-        return f"give a list such as [A,B]; in it, {_wants(get_args(kind)[0])}"
+        return f"give a list such as [A,B]; in it, {_advice(get_args(kind)[0])}"
     if kind is bool:
         return "give true or false"
     if kind in (int, float):
@@ -373,18 +375,18 @@ def _wants(kind: Any, marks: Iterable[Any] = ()) -> str:
     return "give a text"
 
 
-def _wants_one_of(kinds: tuple[Any, ...], marks: list[Any]) -> str:
-    """Single words come last, as alternatives to a value."""
-    others = [kind for kind in kinds if kind is not type(None) and len(_words(kind)) != 1]
-    parts = [_wants(kind, marks) for kind in others]
-    parts += [f"or write {words[0]}" for kind in kinds if len(words := _words(kind)) == 1]
+def _union_advice(kinds: tuple[Any, ...], marks: list[Any]) -> str:
+    """Advice for a union: single words come last, as alternatives to a value."""
+    others = [kind for kind in kinds if kind is not type(None) and len(_literals(kind)) != 1]
+    parts = [_advice(kind, marks) for kind in others]
+    parts += [f"or write {words[0]}" for kind in kinds if len(words := _literals(kind)) == 1]
     parts += ["or null"] if type(None) in kinds else []
     return ", ".join(parts)
 
 
 def _range(marks: Iterable[Any]) -> str:
-    named = {annotated_types.Ge: "ge", annotated_types.Gt: "gt", annotated_types.Le: "le"}
-    limits = {name: getattr(m, name) for m in marks for kind, name in named.items() if isinstance(m, kind)}
+    keywords = {annotated_types.Ge: "ge", annotated_types.Gt: "gt", annotated_types.Le: "le"}
+    limits = {name: getattr(m, name) for m in marks for kind, name in keywords.items() if isinstance(m, kind)}
     words = {"ge": "of at least", "gt": "above", "le": "at most"}
-    text = " and ".join(f"{said} {limits[name]}" for name, said in words.items() if name in limits)
+    text = " and ".join(f"{phrase} {limits[name]}" for name, phrase in words.items() if name in limits)
     return f" {text}" if text else ""

@@ -1,6 +1,6 @@
-"""The experiments of the paper: their options, and the choices of `experiment=` and `rung=` as rows of a table.
+"""The experiments of the paper: their options, and the presets of `experiment=` and `rung=`.
 
-The choices of the other groups are files of `config/`.
+The presets of all other groups are files of `config/`.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ class RungOptions(Options):
 
 
 EXPERIMENTS = tuple(name for name in get_args(Experiment) if name not in ("causal", "ladder"))
-"""The figures and tables of the paper. The ladder, a sweep over rungs, is a command of its own; `causal` asks the model
-again for each set of heads, and needs entries with a known answer."""
+"""The figures and tables of the paper (`experiment=all`).
+
+Not among them: the ladder, a sweep over rungs; and `causal`, which runs the model again for each set of heads and needs
+entries with a known answer.
+"""
 
 
 def _rung(
@@ -89,7 +92,7 @@ def _rung(
     masks: str = "none",
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A rung: its criteria and heads are those of the published code, or the paper's; `changes` are other options."""
+    """The config of a rung, with the criteria and heads of the published code or the paper and further `changes`."""
     criteria, heads, k = ("published", "greedy", 5) if published else ("paper", "auto", 3)
     return {
         "defaults": [{"override /criteria": criteria}, {"override /grounding": grounding}],
@@ -118,7 +121,7 @@ _RUNGS = (
     _rung(6, "mask_box", "+ box from the mask", masks="chosen", changes=_MASK_BOX),
     _rung(7, "points", "+ points", masks="points", changes=_MASK_BOX),
 )
-"""From the published code's box to the paper's, step by step (docs/reproducing-the-paper.md)."""
+"""The ladder from the published code's box to the paper's (docs/reproducing-the-paper.md)."""
 
 RUNGS: dict[str, dict[str, Any]] = {rung["rung"]["name"]: rung for rung in _RUNGS}
 
@@ -137,4 +140,4 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "rung": {"none": {}, **RUNGS},
 }
-"""Group, choice, and what the choice changes: options of the group, or of the whole program where it is a rung."""
+"""Group -> preset -> the options that it changes: those of the group; for a rung, those of the program."""

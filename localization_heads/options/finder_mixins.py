@@ -1,4 +1,4 @@
-"""The options of the finder by subject: benchmarks, several images or objects, videos, labels, files."""
+"""The options of the finder by subject, as mixins: benchmarks, several images or objects, videos, labels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Dataset = Literal[
 Protocol = Literal["unc", "lmms"]
 Sentence = Literal["all", "first", "longest"]
 REFCOCO = ("refcoco", "refcoco+", "refcocog")
-"""Those whose expressions are read under either `Protocol`; the others have one of their own."""
+"""Data sets whose expressions can be prompted by either `Protocol`; each of the others has its own protocol."""
 
 
 @options
 class BenchmarkOptions(Options):
-    """What `stage=prepare` reads and writes."""
+    """Benchmarks (stage=prepare)."""
 
     dataset: Dataset | None = option(
         None,
@@ -74,8 +74,8 @@ class BenchmarkOptions(Options):
 
 
 InstancesBy = Literal["components", "places", "segmenter"]
-PLACES = ("{} on the left", "{} on the right", "{} at the top", "{} at the bottom")
-"""What is asked with `instances_by=places`: of several objects, each is meant by one of these or another."""
+PLACE_PARAPHRASES = ("{} on the left", "{} on the right", "{} at the top", "{} at the bottom")
+"""The paraphrases of `instances_by=places`: between them they refer to each of several objects."""
 ImageBoxes = Literal["one", "each"]
 TOGETHER_STAGES = ("ground", "collect", "pipeline")
 
@@ -131,13 +131,13 @@ class InstanceOptions(Options):
 
 GROUND = ("ground",)
 EVALUATED = ("ground", "evaluate")
-MOST_FRAMES = 512
-"""Frames in one prompt."""
+MAX_FRAMES_PER_PROMPT = 512
+"""Maximum number of frames per prompt."""
 
 
 @options
 class VideoOptions(Options):
-    """A video in place of an image."""
+    """A video instead of an image."""
 
     video_file: PathText | None = option(
         None,
@@ -156,7 +156,7 @@ class VideoOptions(Options):
         16,
         "For video=native: frames per prompt; fewer if they are large (100 million pixels in total).",
         ge=1,
-        le=MOST_FRAMES,
+        le=MAX_FRAMES_PER_PROMPT,
         stages=EVALUATED,
     )
     fps: Annotated[float, Field(gt=0, le=240)] | None = option(
@@ -171,12 +171,12 @@ class VideoOptions(Options):
         stages=GROUND,
     )
 
-    def check_video(self, *, moving: bool, **others: bool) -> None:
-        """UsageError for `video=native` where there is no video, or with what is asked about images only.
+    def check_video(self, *, moving: bool, **image_options: bool) -> None:
+        """Raise UsageError for `video=native` without a video, or with options that apply to images only.
 
         Args:
-            moving: whether the entries are scenes that move.
-            others: options by name, and whether they are set.
+            moving: whether the entries are scenes with several frames.
+            image_options: whether each of these options is set.
         """
         if self.video == "frames":
             if self.frames_per_prompt != type(self).__pydantic_fields__["frames_per_prompt"].default:
@@ -188,7 +188,7 @@ class VideoOptions(Options):
             raise UsageError(
                 "video=native needs a video: video_file=, or stage=evaluate data=scenes scenes.frames="
             )
-        if wrong := [name for name, given in others.items() if given]:
+        if wrong := [name for name, is_set in image_options.items() if is_set]:
             raise UsageError(f"video=native: leave out {' and '.join(wrong)}, which asks about images")
 
 
@@ -198,7 +198,7 @@ Shrink = Literal["none", "ranks", "scores"]
 
 @options
 class LabelOptions(Options):
-    """What ranks the heads."""
+    """Heads ranked by labels."""
 
     heads_by: HeadsBy = option(
         "criteria",
@@ -229,7 +229,7 @@ class LabelOptions(Options):
     )
 
     def check_labels(self) -> None:
-        """UsageError for options of labels where the heads are ranked without any."""
+        """Raise UsageError for label options without a ranking by labels."""
         fields = type(self).__pydantic_fields__
         for name in ("num_labels", "shrink"):
             if self.heads_by == "criteria" and getattr(self, name) != fields[name].default:
@@ -240,7 +240,7 @@ class LabelOptions(Options):
 
 @options
 class RankedFiles(Options):
-    """Heads ranked over attention files on disk, whoever wrote them."""
+    """Heads ranked over attention files on disk, ours or another tool's."""
 
     attention_files: PathText | None = option(
         None,

@@ -1,4 +1,4 @@
-"""The options of the method, a class a group: `criteria.tau` is `CriteriaOptions.tau`.
+"""The options of the method, one class per group: `criteria.tau` is `CriteriaOptions.tau`.
 
 Defaults are the paper's. Presets, which change a few of them under a name, are the files of `config/<group>/`.
 """
@@ -33,7 +33,7 @@ KIND_WORDS = ("animal", "thing", "vehicle")
 
 @options
 class SensitivityOptions(Options):
-    """The third criterion: a head that localizes moves when the expression changes."""
+    """The third criterion: the map of a localization head changes with the expression."""
 
     sensitivity: Sensitivity = option(
         "none",
@@ -97,11 +97,11 @@ SegmenterPrompt = Literal["box", "points", "map"]
 Points = Literal["positive", "signed"]
 Instances = Literal["one", "all"]
 Device = Annotated[str | int, Requirement("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
-"""Checked against the machine by `lvlm.checkpoints.loading.pick_device`."""
+"""Validated against the machine by `lvlm.checkpoints.loading.pick_device`."""
 
 
-def _heads(value: Any) -> Any:
-    """`[14-24, 14-13]` as heads."""
+def _parse_heads(value: Any) -> Any:
+    """Parse `[14-24, 14-13]` to heads."""
     if not isinstance(value, (list, tuple)):
         return value
     return tuple(head if isinstance(head, Head) else Head.parse(str(head)) for head in value)
@@ -109,7 +109,7 @@ def _heads(value: Any) -> Any:
 
 @options
 class CriteriaOptions(SensitivityOptions):
-    """How localization heads are told from the others (Sec. 4, App. A and B)."""
+    """The criteria for localization heads (Sec. 4, App. A and B)."""
 
     entropy: Weight = option(
         "area",
@@ -178,14 +178,16 @@ class CriteriaOptions(SensitivityOptions):
 
 
 DEFAULT_GROUNDING = "sharp"
-"""The preset of `grounding=` that anybody gets who asks for a box without naming one, on the command line, in the demo
-and in Python. Of the presets that cost one prefill it measured best on every set (docs/readouts.md). What is to be
-compared with the paper (`experiment=`, `criteria=published*`) takes `paper` (`options.compose.implied`)."""
+"""The default preset of `grounding=` on the command line, in the demo and in Python.
+
+Of the presets that need a single prefill it measured best on every data set (docs/readouts.md). Runs that are compared
+with the paper (`experiment=`, `criteria=published*`) default to `paper` instead (`options.compose.implied_overrides`).
+"""
 
 
 @options
 class GroundingOptions(Options):
-    """How maps become a box (Sec. 5, App. B.2)."""
+    """The read-out from maps to a box (Sec. 5, App. B.2)."""
 
     kernel_size: OddInt = option(
         7, "Kernel size, in cells, of the Gaussian that smooths each map; 1 disables smoothing."
@@ -283,7 +285,7 @@ class GroundingOptions(Options):
 
 @options
 class SegmenterOptions(Options):
-    """What makes the mask."""
+    """The segmenter, which makes the mask."""
 
     kind: SegmenterKind = option(
         "grabcut", "none (the map's pseudo-mask), grabcut (offline, no weights), or a family of SAMs."
@@ -312,7 +314,7 @@ class SegmenterOptions(Options):
 
 @options
 class ModelSpec(Options):
-    """A checkpoint and the facts about it."""
+    """A checkpoint, and what has to be known about it."""
 
     name: PathText = option(
         "embedded", "Hugging Face id, local folder, or `embedded` for the model inside the package."
@@ -353,7 +355,9 @@ class ModelSpec(Options):
         None, "System prompt of the referseg template; null uses the checkpoint's own, or else LLaVA's."
     )
     heads: Annotated[
-        tuple[Head, ...], BeforeValidator(_heads), Requirement("write a list such as [14-24,14-13,14-26]")
+        tuple[Head, ...],
+        BeforeValidator(_parse_heads),
+        Requirement("write a list such as [14-24,14-13,14-26]"),
     ] = option((), "Published localization heads (LAYER-HEAD, counted from 0), best first, for heads=auto.")
     lists: Annotated[tuple[Word, ...], FromList] = option(
         (),
@@ -373,5 +377,5 @@ class ModelSpec(Options):
 
     @property
     def folder(self) -> str:
-        """Name of this model's folder below `output_dir`."""
+        """The model's folder below `output_dir`."""
         return self.label or model_folder(self.name)

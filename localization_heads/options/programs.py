@@ -1,6 +1,6 @@
-"""The options of each program: the finder, the viewer, the conversation, the demo. `shared` has what several take.
+"""The options of each program: the finder, the viewer, the conversation and the demo.
 
-Groups (`model`, `criteria`, ...) are fields whose values are chosen by name: `model=llava` takes
+Groups (`model`, `criteria`, ...) are fields that presets are chosen for by name: `model=llava` is
 `config/model/llava.yaml`.
 """
 
@@ -47,11 +47,11 @@ Stage = Literal[
     "experiment", "export", "prepare", "calibrate", "trace", "ablate",
 ]  # fmt: skip
 SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment", "calibrate", "ablate", "trace")
-"""Those that run the model over a data set."""
-ONE_IMAGE = ("collect", "pipeline", "ground", "doctor", "trace")
-"""Those that take one image and one query."""
-BOXES = ("ground", "evaluate")
-"""Those that make boxes while the model is there."""
+"""Stages that run the model over a data set."""
+SINGLE_IMAGE_STAGES = ("collect", "pipeline", "ground", "doctor", "trace")
+"""Stages that accept one image and one query."""
+BOX_STAGES = ("ground", "evaluate")
+"""Stages that predict boxes with the model at hand."""
 
 
 @options
@@ -89,10 +89,12 @@ class FinderOptions(
         "ground also take several in one prompt, [a.jpg,b.jpg]; ground takes a folder or a pattern such as "
         "'pics/*.jpg' for every image in it.",
         section="input",
-        stages=ONE_IMAGE,
+        stages=SINGLE_IMAGE_STAGES,
     )
     query: Text | None = option(
-        None, "What to look for in the image: a referring expression or a question.", stages=ONE_IMAGE
+        None,
+        "What to look for in the image: a referring expression or a question.",
+        stages=SINGLE_IMAGE_STAGES,
     )
     attention_file: PathText | None = option(
         None,
@@ -109,13 +111,13 @@ class FinderOptions(
         None,
         "Base name of the files written for a single image; null derives it from the image's name and the query.",
         section="output",
-        stages=ONE_IMAGE,
+        stages=SINGLE_IMAGE_STAGES,
     )
     zoom: bool = option(
         False,
         "Attend again to a crop around each box, and average both boxes if they agree: finer boxes of small "
         "objects for one more forward pass.",
-        stages=(*BOXES, "calibrate"),
+        stages=(*BOX_STAGES, "calibrate"),
     )
     attention_format: Literal["pkl", "safetensors", "published", "published_august"] = option(
         "pkl",
@@ -129,7 +131,7 @@ class FinderOptions(
     visualize_limit: Count | None = option(
         32, "Maximum number of entries to draw in a batch; null draws all."
     )
-    top_k: int = option(3, "Number of heads format_value in figures and printed lists.", ge=1, le=100)
+    top_k: int = option(3, "Number of heads shown in figures and printed lists.", ge=1, le=100)
     show_plot: bool = option(False, "Also open the figures in a window (needs a display).")
     report: bool = option(
         True,
@@ -226,7 +228,7 @@ class FinderOptions(
     )
 
     @model_validator(mode="after")
-    def _together(self) -> Self:
+    def _check_combinations(self) -> Self:
         for name, field in type(self).__pydantic_fields__.items():
             stages = option_metadata(field).get("stages")
             if stages and getattr(self, name) != field.default and self.stage not in stages:
@@ -265,17 +267,17 @@ class FinderOptions(
             },
         )
         if self.engine.kind == "ray":
-            self._spread()
+            self._check_ray()
         return self
 
     def require(self, *names: str) -> None:
-        """Raises UsageError for the first of these options that is missing."""
+        """Raise UsageError for the first of these options that is missing."""
         for name in names:
             if not getattr(self, name):
                 raise UsageError(f"{name}= is missing: stage={self.stage} needs {' and '.join(names)}")
 
-    def _spread(self) -> None:
-        """Ray gives each worker its GPUs, so the device can only say whether to use any."""
+    def _check_ray(self) -> None:
+        """Ray assigns the GPUs of each worker, so `device` can only choose the type."""
         if self.stage not in SPREAD_STAGES:
             raise UsageError(f"engine=ray: stage={self.stage} has no data set to spread; leave out engine=")
         if self.image_file or self.query or self.video_file:
@@ -331,7 +333,7 @@ class VisualizeOptions(EntryChoice):
     )
 
     @model_validator(mode="after")
-    def _no_segmenter(self) -> Self:
+    def _check_box_from(self) -> Self:
         if self.grounding.box_from == "mask":
             raise UsageError(
                 "grounding.box_from=mask needs a segmenter, which stage=visualize of the finder has"

@@ -1,4 +1,4 @@
-"""The options that several programs share."""
+"""Options that several programs share, as base classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @options
 class ModelUse(Options):
-    """How a model is run and asked, and which of its heads ground an expression; what every program but one takes."""
+    """How a model is run and prompted, and which of its heads ground an expression: all programs but the viewer."""
 
     model: ModelSpec = option(
         ModelSpec(),
@@ -143,7 +143,7 @@ class ModelUse(Options):
     debug: bool = option(False, "Show full tracebacks.")
 
     @model_validator(mode="after")
-    def _box_of_a_mask(self) -> Self:
+    def _check_mask_and_span(self) -> Self:
         if self.grounding.box_from == "mask" and self.segmenter.kind == "none":
             raise UsageError("grounding.box_from=mask needs a segmenter, such as segmenter=grabcut")
         check_answer_span(self.query_token, self.answer_span)
@@ -152,7 +152,7 @@ class ModelUse(Options):
 
 @options
 class EntryChoice(Options):
-    """Which entries of a data file are used."""
+    """Selection of a data file's entries."""
 
     process_all: bool = option(
         True,
@@ -163,7 +163,7 @@ class EntryChoice(Options):
     end_index: int = option(-1, "Entry to stop before; -1 goes to the end.", ge=-1)
 
     @model_validator(mode="after")
-    def _range(self) -> Self:
+    def _check_range(self) -> Self:
         if 0 <= self.end_index <= self.start_index:
             raise UsageError(
                 f"start_index={self.start_index} end_index={self.end_index}: the range is empty; end_index is the "
@@ -174,7 +174,7 @@ class EntryChoice(Options):
 
 @options
 class ImageAddresses(Options):
-    """Of the programs that fetch images."""
+    """Image addresses on the network."""
 
     allow_private_addresses: bool = option(
         False,

@@ -1,4 +1,4 @@
-"""The options of what surrounds the method: scenes, phrases, traces, ablations, doctor, workers."""
+"""Option groups of single stages: scenes, phrases, doctor, engine, traces and ablations."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PhrasesOptions(Options):
 
 @options
 class DoctorOptions(Options):
-    """How a new model is examined (stage=doctor)."""
+    """The check of a new model (stage=doctor)."""
 
     check: bool | None = option(
         None,
@@ -85,7 +85,7 @@ class DoctorOptions(Options):
 
 @options
 class EngineOptions(Options):
-    """Where the model runs over a data set."""
+    """What runs the model over a data set."""
 
     kind: Literal["local", "ray"] = option(
         "local", "What runs the model: this process (local) or Ray workers (ray)."
@@ -115,10 +115,10 @@ class EngineOptions(Options):
 
 Keep = Literal["heads", "mean", "all"]
 Step = Literal["writes", "reads"]
-TRACE_TOKENS = 64
-"""Tokens of an answer, at most, where none are named."""
-MOST_TOKENS = 1024
-"""Of a trace: longer ones no page could show."""
+DEFAULT_TRACE_TOKENS = 64
+"""Maximum number of answer tokens to trace if max_new_tokens is not set."""
+MAX_TRACE_TOKENS = 1024
+"""Maximum length of a trace; no page could show a longer one."""
 
 
 @options
@@ -138,7 +138,7 @@ class TraceOptions(Options):
 
 
 def check_answer_span(query_token: str, answer_span: str | None) -> None:
-    """UsageError for a span without the query token that reads it, or the other way round."""
+    """Raise UsageError unless `answer_span` and `query_token=answer_span` are given together."""
     if (query_token == "answer_span") != bool(answer_span and answer_span.strip()):
         raise UsageError(
             f"query_token={query_token} answer_span={format_value(answer_span)}: query_token=answer_span needs "
@@ -148,7 +148,7 @@ def check_answer_span(query_token: str, answer_span: str | None) -> None:
 
 @options
 class AblateOptions(Options):
-    """Heads switched off, or steered (stage=ablate)."""
+    """Heads switched off or steered (stage=ablate)."""
 
     counts: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], FromList, Field(min_length=1)] = (
         option((0, 1, 2, 3, 5, 10), "Numbers of heads, from the top of the list, to switch off at a time.")

@@ -33,7 +33,7 @@ from localization_heads.lvlm.extra_prompts import (
     measures_sensitivity,
 )
 from localization_heads.lvlm.vocabulary import singularize_unknown_words
-from localization_heads.options.finder_mixins import PLACES
+from localization_heads.options.finder_mixins import PLACE_PARAPHRASES
 from localization_heads.options.groups import SAMS, ModelSpec, SegmenterOptions
 from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions
 from localization_heads.options.shared import ImageAddresses, ModelUse
@@ -129,7 +129,7 @@ class ModelRun(Generic[Chosen]):
             options.k,
             calibration,
             options.abstain,
-            MIN_INSTANCE_MASS_OF_PLACES if self.prompt_templates is PLACES else MIN_INSTANCE_MASS,
+            MIN_INSTANCE_MASS_OF_PLACES if self.prompt_templates is PLACE_PARAPHRASES else MIN_INSTANCE_MASS,
             isinstance(options, FinderOptions) and options.instances_by == "segmenter",
         )
 
@@ -286,7 +286,7 @@ class Run(ModelRun[FinderOptions]):
 
     @property
     def prompt_templates(self) -> Sequence[str] | None:
-        return PLACES if self.options.instances_by == "places" else self.options.paraphrases
+        return PLACE_PARAPHRASES if self.options.instances_by == "places" else self.options.paraphrases
 
     def grounder(self, heads: Sequence[Head] | None, calibration: Calibration | None = None) -> Grounder:
         grounder = super().grounder(heads, calibration)

@@ -22,7 +22,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, NothingDoneError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.options.stage_groups import TRACE_TOKENS
+from localization_heads.options.stage_groups import DEFAULT_TRACE_TOKENS
 from localization_heads.report.trace import render_trace
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries
@@ -132,7 +132,7 @@ def _trace_each(
                 image,
                 query,
                 heads or run.lvlm.pick_own_heads(image, query, options.criteria, options.k),
-                max_new_tokens=options.max_new_tokens or TRACE_TOKENS,
+                max_new_tokens=options.max_new_tokens or DEFAULT_TRACE_TOKENS,
                 trace=options.trace,
                 options=options.grounding,
             )

@@ -23,7 +23,7 @@ from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.options.stage_groups import TRACE_TOKENS
+from localization_heads.options.stage_groups import DEFAULT_TRACE_TOKENS
 from localization_heads.stages.run import DemoRun
 from localization_heads.stages.trace import write_trace
 
@@ -88,6 +88,6 @@ class Tracing:
         if not heads:
             raise UsageError("switch at least one head on")
         found = self.run.lvlm.trace(
-            image, question, heads, max_new_tokens=TRACE_TOKENS, options=options.grounding
+            image, question, heads, max_new_tokens=DEFAULT_TRACE_TOKENS, options=options.grounding
         )
         return replace(found, image_file="")
