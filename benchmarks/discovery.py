@@ -126,7 +126,7 @@ class StandIn:
     num_layers = num_heads = 32
     num_parameters = 0
     spec = ModelSpec(name)
-    wording: ClassVar[dict[str, Any]] = {}
+    extra_settings: ClassVar[dict[str, Any]] = {}
     processor = SimpleNamespace(tokenizer=SimpleNamespace(unk_token_id=None))
 
     def __init__(self) -> None:

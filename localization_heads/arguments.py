@@ -64,7 +64,7 @@ def _resolve_heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
     if isinstance(heads, str | Path) and is_repository(str(heads)):
         source, heads = f"heads={heads}", load_heads(heads)
     if isinstance(heads, HeadRanking):
-        lvlm.note_other_conditions(source, heads.found_with)
+        lvlm.warn_of_other_conditions(source, heads.found_with)
         try:
             return heads.top(k)
         except ValueError as error:
@@ -74,7 +74,7 @@ def _resolve_heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
     if isinstance(heads, str) and heads == "greedy":
         return ()
     if isinstance(heads, str | Path):
-        lvlm.note_other_conditions(f"heads={heads}", heads_found_with(str(heads)))
+        lvlm.warn_of_other_conditions(f"heads={heads}", heads_found_with(str(heads)))
         return resolve_heads(str(heads), k)
     try:
         listed = [_parse_head(head) for head in heads]

@@ -146,7 +146,7 @@ def test_memory_does_not_grow_with_the_answer(image: Image.Image, monkeypatch: p
 def test_no_answer_is_generated_unless_it_is_read(image: Image.Image) -> None:
     lvlm = tiny_lvlm("last")
     assert lvlm.query([], lvlm.model_inputs([image], [lvlm.prompt("the dog")])) == Query()
-    assert lvlm.wording == {}
+    assert lvlm.extra_settings == {}
     assert lvlm.attend(image, "the dog").answer_logprob is None
 
 

@@ -1,4 +1,4 @@
-"""Images as code holds them: each way gives the same pixels, and what is no image is refused in one line."""
+"""Images from arrays, tensors, bytes and files: all give the same pixels; anything else is a one-line error."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_pixels_are_the_same(name: str) -> None:
+def test_all_forms_give_the_same_pixels(name: str) -> None:
     assert np.array_equal(load_image(as_source(SAME[name])), PIXELS)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1)])
-def test_grey_images_in_every_shape_are_read(shape: tuple[int, ...]) -> None:
+def test_grey_images_of_every_shape(shape: tuple[int, ...]) -> None:
     grey = np.arange(35, dtype=np.uint8).reshape(shape)
     for image in (grey, torch.from_numpy(grey.reshape(1, 5, 7))):
         assert np.array_equal(np.array(load_image(as_source(image)))[..., 2], grey.reshape(5, 7))
 
 
-def test_names_stay_names(tmp_path: Path) -> None:
-    """A path and an address are read when they are needed; a `file:` address is a path, with its escapes undone."""
+def test_paths_and_addresses_are_not_read_at_once(tmp_path: Path) -> None:
+    """A `file:` address becomes a path, with its escapes decoded."""
     file = tmp_path / "a cat.png"
     assert as_source(file) == file
     assert as_source(str(file)) == str(file)
@@ -98,14 +98,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_image_is_refused_in_one_line(name: str) -> None:
+def test_anything_else_is_a_one_line_error(name: str) -> None:
     value, said = REFUSED[name]
     with pytest.raises(ImageError, match=said) as caught:
         as_source(value)
     assert "\n" not in str(caught.value)
 
 
-def test_too_large_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_bytes_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     from localization_heads.data import images, sources
 
     for module in (sources, images):

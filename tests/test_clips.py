@@ -1,4 +1,4 @@
-"""Clips against their pixels, against eager attention, and against the video processors of transformers."""
+"""Clips compared with their pixels, with eager attention, and with the video processors of transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from family_models import tiny
 from family_models_siblings import SIBLINGS  # noqa: F401  registers all families
-from front import Front, fronts
+from front import Front, fronts, read_lines
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -40,19 +40,19 @@ TIMES = (0.0, 0.2, 0.5, 0.6, 0.8)
 
 
 def moving_coordinates(count: int, size: tuple[int, int] = SIZE) -> list[Image.Image]:
-    """Frames whose red rises from left to right, whose green from top to bottom, and whose blue is their number."""
+    """Frames whose red encodes x, whose green encodes y, and whose blue encodes their number."""
     x, y = ((np.arange(side) + 0.5) / side * 255 for side in size)
     frames = (np.broadcast_arrays(x[None], y[:, None], 255 * (n + 1) / count) for n in range(count))
     return [Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8)) for channels in frames]
 
 
-def ready(name: str, count: int = 5) -> PreparedClip:
+def tiny_clip(name: str, count: int = 5) -> PreparedClip:
     lvlm = tiny(name)
     return prepare_clip(lvlm, moving_coordinates(count), lvlm.prompt("the red car"), TIMES[:count])
 
 
 def footprint(name: str, clip: PreparedClip, keys: list[int]) -> list[tuple[NDArray[np.float64], set[int]]]:
-    """For each key, the centre of the pixels that feed it, as shares of a frame, and the numbers of their frames."""
+    """For each key, the centre of the pixels that feed it, in fractions of a frame, and the numbers of their frames."""
     lvlm = tiny(name)
     inputs = lvlm.on_device(clip.inputs)
     kind = "pixel_values" if "pixel_values" in inputs else "pixel_values_videos"
@@ -83,9 +83,9 @@ def frames_of(name: str, place: int) -> set[int]:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in VIDEO_FAMILIES if not name.endswith("_moe")))
-def test_tokens_lie_in_their_frames_and_cells(name: str) -> None:
-    """Five frames, so that where two are merged the last is alone: each token sees its own place and frames only."""
-    clip = ready(name)
+def test_footprints_lie_in_their_frames_and_cells(name: str) -> None:
+    """Of five frames, so that the last of merged ones is alone."""
+    clip = tiny_clip(name)
     assert len(clip.views) == -(-5 // merged(name))
     for place, view in enumerate(clip.views):
         cells = sampled_cells(view, skip_border=False)[:: 1 if place == 0 else 4]
@@ -104,8 +104,8 @@ def misplaced(view: View, cell: tuple[int, int], centre: NDArray[np.float64]) ->
 
 
 @pytest.mark.parametrize("name", sorted(VIDEO_FAMILIES))
-def test_capture_equals_eager(name: str) -> None:
-    lvlm, clip = tiny(name), ready(name, 3)
+def test_maps_equal_eager_attention(name: str) -> None:
+    lvlm, clip = tiny(name), tiny_clip(name, 3)
     inputs = lvlm.on_device(clip.inputs)
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
@@ -124,7 +124,7 @@ def test_capture_equals_eager(name: str) -> None:
             np.testing.assert_allclose(maps.attention[layer], row, rtol=0, atol=1e-5)
 
 
-def test_merged_frames_have_one_map_and_others_their_own() -> None:
+def test_merged_frames_share_a_map() -> None:
     first, second, third = tiny("qwen2_vl").attend_clip(moving_coordinates(3), "the red car")
     assert np.array_equal(first.attention, second.attention)
     assert not np.allclose(first.attention, third.attention, atol=1e-6)
@@ -164,8 +164,8 @@ def with_videos(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(VIDEO_FAMILIES))
-def test_the_layout_is_that_of_the_video_processor(name: str) -> None:
-    """The same tokens, grids and, but for rounding when a frame is resized, pixels."""
+def test_inputs_equal_those_of_the_video_processor(name: str) -> None:
+    """The same tokens and grids, and the same pixels up to rounding in the resizing."""
     lvlm, processor = tiny(name), with_videos(name)
     frames, times = moving_coordinates(6), [n / 5 for n in range(6)]
     ours = prepare_clip(lvlm, frames, lvlm.prompt("the red car"), times).inputs
@@ -204,10 +204,10 @@ AREAS = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 60}
         ("qwen3_vl", {"size": AREAS}, (2, 2, 4)),  # 47,040 pixels for all four frames, cells of 32
     ],
 )
-def test_a_checkpoints_own_settings_for_videos(
+def test_video_settings_of_a_checkpoint(
     name: str, settings: dict[str, Any], grid: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    """In a file of their own, or within the processor's, which comes first; without any, those of Qwen's own code."""
+    """In a file of their own, or in the processor's, which takes precedence; the default is that of Qwen's code."""
     lvlm = copy(tiny(name))
     for file, content in (
         ("video_preprocessor_config.json", settings),
@@ -228,32 +228,31 @@ def test_a_checkpoints_own_settings_for_videos(
         ({"size": {"shortest_edge": "9", "longest_edge": 4}}, "areas from '?9'? to 4 pixels"),
     ],
 )
-def test_settings_for_videos_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
+def test_invalid_video_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     lvlm = copy(tiny("qwen2_vl"))
     lvlm.video_settings = lambda: settings
     with pytest.raises(UsageError, match=f"video=native: the settings for videos of .* have {said}"):
         lvlm.attend_clip(moving_coordinates(2), "the red car")
 
 
-def test_a_broken_file_of_settings_for_videos(tmp_path: Path) -> None:
+def test_a_broken_file_of_video_settings_is_refused(tmp_path: Path) -> None:
     assert video_settings(str(tmp_path)) == {}
     (tmp_path / "video_preprocessor_config.json").write_text("{")
     with pytest.raises(UsageError, match="video_preprocessor_config"):
         video_settings(str(tmp_path))
 
 
-def test_what_is_no_clip_is_refused() -> None:
-    lvlm = tiny("llava")
-    with pytest.raises(UsageError, match="model type 'llava' has no video tokens"):
-        lvlm.attend_clip(moving_coordinates(2), "the red car")
-    frames = [*moving_coordinates(1), *moving_coordinates(1, (64, 64))]
-    with pytest.raises(UsageError, match="of one size"):
-        tiny("qwen2_vl").attend_clip(frames, "the red car")
-    assert tiny("qwen2_vl").attend_clip([], "the red car") == []
-    with pytest.raises(UsageError, match="a clip of 513 frames: 512 at most"):
-        tiny("qwen2_vl").attend_clip(moving_coordinates(1) * 513, "the red car")
-    with pytest.raises(UsageError, match="leave out paraphrases="):
-        tiny("qwen2_vl").with_paraphrases(["{} here"]).attend_clip(moving_coordinates(1), "the red car")
+def test_unsupported_clips_are_refused() -> None:
+    lvlm, frames = tiny("qwen2_vl"), moving_coordinates(2)
+    assert lvlm.attend_clip([], "the red car") == []
+    for asked, clip, message in (
+        (tiny("llava"), frames, "model type 'llava' has no video tokens"),
+        (lvlm, [*frames, Image.new("RGB", (64, 64))], "of one size"),
+        (lvlm, frames[:1] * 513, "a clip of 513 frames: 512 at most"),
+        (lvlm.with_paraphrases(["{} here"]), frames, "leave out paraphrases="),
+    ):
+        with pytest.raises(UsageError, match=message):
+            asked.attend_clip(clip, "the red car")
 
 
 # ------------------------------------------------------------------------------------------------------- stages
@@ -290,29 +289,27 @@ def out() -> Path:
 
 
 def lines() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out() / "predictions.jsonl").read_text().splitlines()]
+    return read_lines(out() / "predictions.jsonl")
 
 
-def test_a_video_in_prompts_of_four_frames(front: Front) -> None:
-    """The boxes are those of the clips as Python asks for them; two frames in a row have one."""
-    result = front.finder(*CLIP, *ASKED, "frames_per_prompt=4")
-    assert result.status == 0, result.err
+def test_a_video_is_grounded_frame_by_frame(front: Front) -> None:
+    """In prompts of four frames, of which each two have the same box."""
+    front.succeed(*CLIP, *ASKED, "frames_per_prompt=4")
     found = lines()
     assert [line["frame"] for line in found] == list(range(7))
-    assert [line["bbox"] for line in found[::2]] == [line["bbox"] for line in found[1::2]] + [
-        found[6]["bbox"]
-    ]
+    boxes = [line["bbox"] for line in found]
+    assert boxes[:6:2] == boxes[1::2]
     assert open_video(out() / "attention/one_video.mp4").count == 7
     assert (out() / "attention/one_timeline.png").is_file()
 
 
 def test_each_prompt_holds_its_frames_and_their_times(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = watched(monkeypatch)
-    assert front.finder(*CLIP, *ASKED, "frames_per_prompt=4").status == 0
+    front.succeed(*CLIP, *ASKED, "frames_per_prompt=4")
     assert asked == [pytest.approx([0, 0.1, 0.2, 0.3]), pytest.approx([0.4, 0.5, 0.6])]
     monkeypatch.setattr(stage, "MAX_CLIP_PIXELS", 2 * 140 * 112)
     asked.clear()
-    assert front.finder(*CLIP, *ASKED, "frames_per_prompt=4", "query=the dog").status == 0
+    front.succeed(*CLIP, *ASKED, "frames_per_prompt=4", "query=the dog")
     assert [len(times) for times in asked] == [2, 2, 2, 1], "large frames are fewer together"
 
 
@@ -329,9 +326,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
     return asked
 
 
-def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_with_the_same_results(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = (*CLIP, *ASKED, "frames_per_prompt=2")
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     whole = (out() / "predictions.jsonl").read_bytes()
     (out() / "predictions.jsonl").unlink()
     attend, asked = chunks._attend_clip, []
@@ -346,14 +345,12 @@ def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: p
     assert front.finder(*options).status == 130
     monkeypatch.setattr(chunks, "_attend_clip", attend)
     again = watched(monkeypatch)
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert len(again) == 2, "two of four prompts were in the log"
     assert (out() / "predictions.jsonl").read_bytes() == whole
 
 
-def test_a_broken_frame_is_named_and_its_neighbours_are_shown(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_frame_fails_alone(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any, **named: Any) -> Iterator[Frame]:
         for frame in frames(*arguments, **named):
             yield frame._replace(image=None) if frame.number == 1 else frame
@@ -371,8 +368,7 @@ def test_moving_scenes_are_evaluated_as_clips(front: Front, monkeypatch: pytest.
     asked = watched(monkeypatch)
     scenes = ("data=scenes", "scenes.count=2", "scenes.frames=3", "scenes.size=64", "scenes.folder=scenes")
     options = ("stage=evaluate", *scenes, *ASKED, "visualize_batch=false")
-    result = front.finder(*options, "controls=false")
-    assert result.status == 0, result.err
+    front.succeed(*options, "controls=false")
     assert asked == [pytest.approx([0, 0.2, 0.4])] * 2
     metrics = json.loads((out() / "metrics.json").read_text())
     assert metrics["choices"]["video"] == "native"
@@ -380,9 +376,7 @@ def test_moving_scenes_are_evaluated_as_clips(front: Front, monkeypatch: pytest.
     assert len(lines()) == 6
 
 
-def test_what_the_model_cannot_take_fails_with_its_clip(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clip_that_the_model_cannot_take_fails(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("no")
 
@@ -406,8 +400,7 @@ def test_what_the_model_cannot_take_fails_with_its_clip(
         (["stage=find", "data=scenes", "video_file=null"], "video=: stage=find does not read it"),
     ],
 )
-def test_wrong_use(options: list[str], said: str, front: Front) -> None:
+def test_wrong_options_are_refused(options: list[str], said: str, front: Front) -> None:
     given = {option.partition("=")[0] for option in options}
-    result = front.finder(*(one for one in (*CLIP, *ASKED) if one.partition("=")[0] not in given), *options)
-    assert result.status == 2
-    assert said in result.err
+    rest = [option for option in (*CLIP, *ASKED) if option.partition("=")[0] not in given]
+    assert said in front.error(*rest, *options)

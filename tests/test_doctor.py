@@ -1,4 +1,4 @@
-"""`stage=doctor`: it says what is there, and does not call well what is wrong."""
+"""`stage=doctor`: what it reports, and that it finds wrong captures and geometries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_of(tmp_path: Path, *overrides: str) -> Run:
     return Run(composed("stage=doctor", "device=cpu", f"output_dir={tmp_path}/out", *overrides))
 
 
-def test_the_embedded_model_is_shown_and_well(
+def test_the_embedded_model_passes_and_is_reported(
     image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -65,7 +65,7 @@ def test_the_embedded_model_is_shown_and_well(
 
 
 @pytest.mark.parametrize("query_token", get_args(QueryToken))
-def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
+def test_query_tokens_are_marked_and_checked(image: Image.Image, query_token: str) -> None:
     lvlm = tiny_lvlm(query_token)
     lvlm.answer_span = "any"
     found = examine(lvlm, image, "the dog")
@@ -86,8 +86,7 @@ def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
     assert found.check.difference < 1e-5
 
 
-def test_wrong_capture_is_found(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that ignores the scaling of the logits."""
+def test_a_wrong_scaling_of_the_logits_is_found(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     right = capture.query_row
 
     def wrong(*args: Any, **extras: Any) -> torch.Tensor:
@@ -100,7 +99,7 @@ def test_wrong_capture_is_found(image: Image.Image, monkeypatch: pytest.MonkeyPa
 
 
 def deep_lvlm(num_layers: int = 36) -> LVLM:
-    """So strong are its random layers that rounding in the first is a difference of 9e-4 in the last."""
+    """Its random weights are so large that rounding in the first layer becomes a difference of 9e-4 in the last."""
     config = llava_config()
     config.text_config.num_hidden_layers = num_layers
     torch.manual_seed(0)
@@ -113,8 +112,8 @@ def deep_lvlm(num_layers: int = 36) -> LVLM:
 
 
 @pytest.mark.parametrize("query_token", ["last", "expression_mean", "answer_first"])
-def test_depth_does_not_add_up(image: Image.Image, query_token: str) -> None:
-    """Each layer is compared on the inputs that it had, so that the limit is the same for all."""
+def test_rounding_does_not_accumulate_over_layers(image: Image.Image, query_token: str) -> None:
+    """Each layer is compared on the inputs that it had, so that one limit holds for all."""
     lvlm = deep_lvlm()
     lvlm.query_token = query_token
     check = examine(lvlm, image, "the dog").check
@@ -123,7 +122,7 @@ def test_depth_does_not_add_up(image: Image.Image, query_token: str) -> None:
     assert check.difference < 1e-5
 
 
-def test_one_wrong_row_of_many_is_found(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_wrong_layer_of_many_is_found(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the limit, in layer 30 of 36."""
     right = capture.query_row
 
@@ -137,7 +136,9 @@ def test_one_wrong_row_of_many_is_found(image: Image.Image, monkeypatch: pytest.
     assert check.difference == pytest.approx(2e-4, rel=0.05)
 
 
-def test_check_is_left_out_when_not_wanted(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_are_compared_only_on_request(
+    image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lvlm = tiny_lvlm("last")
     assert examine(lvlm, image, "the dog", check=False).check.difference is None
     monkeypatch.setattr(doctor, "MAX_COMPARED_PARAMETERS", 10)
@@ -148,8 +149,7 @@ def test_check_is_left_out_when_not_wanted(image: Image.Image, monkeypatch: pyte
     assert examine(lvlm, image, "the dog", check=True).check.difference is not None
 
 
-def test_layers_that_are_not_seen(image: Image.Image) -> None:
-    """A layer whose attention does not go through transformers' registry."""
+def test_a_layer_that_bypasses_the_attention_interface_is_found(image: Image.Image) -> None:
     lvlm = tiny_lvlm("last")
     lvlm.model.get_decoder().layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     found = examine(lvlm, image, "the dog", check=False)
@@ -157,7 +157,7 @@ def test_layers_that_are_not_seen(image: Image.Image) -> None:
     assert found.check.note == "no attention was seen in layers 2"
 
 
-def test_notes_and_fingerprint_are_shown(image: Image.Image) -> None:
+def test_notes_and_fingerprint_are_reported(image: Image.Image) -> None:
     lvlm = tiny_lvlm("last")
     lvlm.note("it looks like another")
     facts = examine(lvlm, image, "the dog", check=False).facts
@@ -165,7 +165,7 @@ def test_notes_and_fingerprint_are_shown(image: Image.Image) -> None:
     assert dict(facts)["fingerprint"].startswith(lvlm.fingerprint)
 
 
-def test_eager_for_a_while() -> None:
+def test_eager_attention_restores_each_parts_own() -> None:
     model = tiny_lvlm("last").model
     model.get_decoder().config._attn_implementation_internal = "flash_attention_2"  # parts may differ
 
@@ -179,9 +179,9 @@ def test_eager_for_a_while() -> None:
     assert {"sdpa", "flash_attention_2"} <= set(before)
 
 
-def test_views_that_cannot_be_told(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything else is shown all the same, and the exit status says that something is wrong."""
-
+def test_unknown_views_are_a_problem_but_the_rest_is_reported(
+    image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> list[View]:
         raise UsageError("no single square grid")
 
@@ -192,7 +192,7 @@ def test_views_that_cannot_be_told(image: Image.Image, monkeypatch: pytest.Monke
     assert dict(found.facts)["layers"].startswith("4 (0 to 3)")
 
 
-def test_tokens_in_no_view(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_in_no_view_are_counted(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm: LVLM = tiny_lvlm("last")
     whole = views_seen(lvlm, image)[0]
     part = even_view("whole", whole.index[:, :-1], whole.box)
@@ -201,7 +201,7 @@ def test_tokens_in_no_view(image: Image.Image, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_cells_are_drawn_where_they_lie(image: Image.Image) -> None:
-    """A padded view and a cropped one of uneven cells; first and last cell filled, all lines in pixels."""
+    """A padded view and one with uneven cells: first and last cell filled, all lines in pixels."""
     padded = even_view("whole", np.arange(16).reshape(4, 4), (0.0, -35.0, 160.0, 125.0))
     edges = np.array([10.0, 20.0, 50.0, 70.0]), np.array([5.0, 45.0, 85.0])
     uneven = View("tiles", np.arange(6).reshape(2, 3), *edges)
@@ -226,10 +226,10 @@ def test_cells_are_drawn_where_they_lie(image: Image.Image) -> None:
         assert drawn[len(view.x_edges) :] == [((x0, y), (x1, y)) for y in view.y_edges]
 
 
-def test_a_verdict_to_attach_to_an_issue(
+def test_the_verdict_holds_nothing_of_the_users(
     image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that a stranger needs to know, and nothing of the user's folders, words or image."""
+    """All that a maintainer needs to know, and nothing of the user's folders, words or image."""
     monkeypatch.setattr("localization_heads.stages.doctor.EXAMPLE_DATA", tmp_path / "data.jsonl")
     lines = [
         {"id": f"{n}", "prompt": text, "image_path": "noise.png"}
@@ -242,11 +242,8 @@ def test_a_verdict_to_attach_to_an_issue(
     assert path.name in capsys.readouterr().out
     text = path.read_text()
     found = json.loads(text)
-    assert (
-        found["well"]
-        and found["model"]["family_verified"]
-        and found["model"]["layers"] == run.lvlm.num_layers
-    )
+    assert found["well"] and found["model"]["family_verified"]
+    assert found["model"]["layers"] == run.lvlm.num_layers
     assert found["capture"]["passed"] and found["capture"]["difference"] < 1e-4
     assert found["geometry"]["passed"] and 0 < found["geometry"]["views"]["whole"]["largest_error"] < 0.25
     assert found["versions"]["torch"] == metadata.version("torch")
@@ -256,8 +253,8 @@ def test_a_verdict_to_attach_to_an_issue(
     assert "secret" not in text and str(tmp_path) not in text and "noise" not in text
 
 
-def test_a_verdict_sees_a_wrong_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and columns swapped: the footprints of this very model contradict it."""
+def test_the_verdict_finds_a_wrong_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows and columns swapped, which the footprints contradict."""
     lvlm = tiny_lvlm("last")
     assert geometry(lvlm)["passed"]
     right = LVLM.views_in

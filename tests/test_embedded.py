@@ -1,4 +1,4 @@
-"""The embedded model: plain transformers load it offline, it answers, talks, and its heads find things."""
+"""The embedded model: plain transformers load it offline, it answers, and its heads localize."""
 
 import json
 from importlib.resources import files
@@ -52,9 +52,10 @@ def maps(model, processor, system, samples):
         inputs = encode(processor, system, scene, f"{expression.text}.")
         with torch.no_grad():
             attention = model(**inputs, output_attentions=True).attentions
-        here = inputs["input_ids"][0] == model.config.image_token_id
-        side = round(int(here.sum()) ** 0.5)
-        stacks.append(torch.stack([layer[0, :, -1, here] for layer in attention]).unflatten(-1, (side, side)))
+        is_image = inputs["input_ids"][0] == model.config.image_token_id
+        side = round(int(is_image.sum()) ** 0.5)
+        rows = torch.stack([layer[0, :, -1, is_image] for layer in attention])
+        stacks.append(rows.unflatten(-1, (side, side)))
     return torch.stack(stacks).numpy()
 
 
@@ -62,7 +63,7 @@ def test_it_is_small():
     assert (FOLDER / "model.safetensors").stat().st_size < 20e6
 
 
-def test_prompts_are_read_as_in_training(processor, system, samples):
+def test_prompts_are_tokenized_as_in_training(processor, system, samples):
     ids = encode(processor, system, samples[0][0], "The dog on the LEFT.")["input_ids"][0].tolist()
     words = processor.tokenizer.convert_ids_to_tokens(ids)
     assert words[:2] == ["<s>", "a"]
@@ -72,7 +73,7 @@ def test_prompts_are_read_as_in_training(processor, system, samples):
 
 
 @pytest.mark.parametrize(("width", "height"), [(128, 128), (300, 100), (33, 200)])
-def test_any_image_is_padded_to_the_whole_grid(model, processor, width, height):
+def test_every_image_is_padded_to_the_whole_grid(model, processor, width, height):
     inputs = processor(
         images=Image.new("RGB", (width, height)), text="<image>\nthe dog.", return_tensors="pt"
     )
@@ -85,7 +86,7 @@ def generate(model, processor, inputs):
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_answers_are_right(model, processor, system, samples):
+def test_most_answers_are_right(model, processor, system, samples):
     answers = [
         generate(model, processor, encode(processor, system, scene, f"{expression.text}."))
         for scene, expression in samples
@@ -95,7 +96,7 @@ def test_answers_are_right(model, processor, system, samples):
 
 
 @pytest.mark.parametrize("question", ["What is in this image?", "Describe this image."])
-def test_it_names_what_it_sees(model, processor, question):
+def test_it_names_most_objects(model, processor, question):
     named = []
     for seed in range(TEST_SEEDS.start, TEST_SEEDS.start + 12):
         scene = render_scene(seed, size=model.config.vision_config.image_size)
@@ -108,7 +109,7 @@ def test_it_names_what_it_sees(model, processor, question):
 
 
 def test_the_label_free_ranking_finds_heads_that_point(maps, samples):
-    """The floor is loose: the model card has the numbers, on a thousand scenes."""
+    """With a loose bound; the model card has the numbers on a thousand scenes."""
     ranking = rank_heads(attention_sum(maps), spatial_entropy(maps), num_trials=2)
     top = [head.address for head in ranking.heads[:3]]
     hits = []

@@ -338,7 +338,7 @@ def test_heads_pushed_are_the_heads_loaded(ranking, tmp_path, monkeypatch):
         attend_batch=None,
         num_layers=99,
         num_heads=99,
-        note_other_conditions=lambda *given: noted.append(given),
+        warn_of_other_conditions=lambda *given: noted.append(given),
     )
     asked.clear()
     assert grounder_of(lvlm, "me/heads", CriteriaOptions(), None, None, 2).heads == tuple(ranking.top(2))

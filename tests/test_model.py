@@ -146,7 +146,7 @@ def test_each_conv_mode_has_its_own_prompt(image: Image.Image, lvlm: LVLM) -> No
     assert plain == f"{lvlm.image_token}\nthe dog."
     assert chat.count(lvlm.image_token) == 1
     assert "the dog." in chat
-    with pytest.raises(UsageError, match="conv_mode=chat: random brings no chat template"):
+    with pytest.raises(UsageError, match="conv_mode=chat: random has no chat template"):
         random_lvlm("crop").chat_prompt("the dog")
 
 

@@ -1,4 +1,4 @@
-"""The boxes that models write: literal answers of each family, and the asking itself on tiny models."""
+"""Boxes that models write: literal answers of each family, and their generation with tiny models."""
 
 from __future__ import annotations
 
@@ -24,54 +24,43 @@ from localization_heads.lvlm.native_box import generate_box, native_box_format
 WIDE = (640, 480)
 
 
-@pytest.mark.parametrize(
-    ("form", "answer", "box"),
-    [
-        # a fenced list of objects, pixels of an image resized to 1288 x 966
-        (
-            "qwen2_5",
-            '```json\n[\n\t{"bbox_2d": [644, 0, 1288, 483], "label": "the dog"}\n]\n```<|im_end|>',
-            (320, 0, 640, 240),
-        ),
-        ("qwen2_5", '{"bbox_2d": [0.0, 96.6, 128.8, 966.0]}', (0, 48, 64, 480)),
-        ("qwen3", '{"bbox_2d": [100, 250, 500, 1000]}', (64, 120, 320, 480)),
-        (
-            "qwen3",
-            '[{"bbox_2d": [100, 250, 500, 1000], "label": "a"}, {"bbox_2d": [0, 0, 9, 9]}]',
-            (64, 120, 320, 480),
-        ),
-        ("qwen3", '{"bbox_2d": [100, 250, 500, 1000', None),  # cut short
-        (
-            "qwen2",
-            "<|object_ref_start|>the dog<|object_ref_end|><|box_start|>(100,250),(500,1000)<|box_end|>",
-            (64, 120, 320, 480),
-        ),
-        ("qwen2", "(100, 250), (500, 1000)", (64, 120, 320, 480)),
-        ("internvl", "<ref>the dog</ref><box>[[100, 250, 500, 1000]]</box>", (64, 120, 320, 480)),
-        (
-            "glm",
-            "<think>It may be at [1, 2, 3, 4].</think>Here: <|begin_of_box|>[[100,250,500,1000]]<|end_of_box|>",
-            (64, 120, 320, 480),
-        ),
-        ("glm", "<|begin_of_box|>[100, 250, 500, 1000]<|end_of_box|>", (64, 120, 320, 480)),
-        ("glm", "It may be at [1, 2, 3, 4].", None),
-        # over the padded square of 640: 80 pixels are above the image
-        ("llava", "[0.25, 0.5, 0.75, 0.875]", (160, 240, 480, 480)),
-        ("llava", "[0.1, 0.0, 0.5, 0.25]", (64, 0, 320, 80)),  # begins in the padding
-        ("llava", "[0.1, 0.0, 0.5, 0.1]", None),  # lies in the padding
-        ("llava", "The dog is on the left.", None),
-        # bins of 0.64 x 0.48 pixels stand for their middle
-        ("florence2", "</s><s>the dog<loc_0><loc_499><loc_499><loc_999></s>", (0.32, 239.76, 319.68, 479.76)),
-        # 1024 steps, rows first
-        ("paligemma", "<loc0256><loc0512><loc0768><loc1024> the dog<eos>", (320, 120, 640, 360)),
-        ("paligemma", "the dog<eos>", None),
-        # beyond the image, empty, turned around
-        ("qwen3", "[-50, -50, 1200, 1500]", (0, 0, 640, 480)),
-        ("qwen3", "[100, 250, 100, 1000]", None),
-        ("qwen3", "[500, 250, 100, 1000]", None),
-        ("qwen3", "", None),
-    ],
-)
+BOX = (64, 120, 320, 480)
+ANSWERS: list[tuple[str, str, tuple[float, ...] | None]] = [
+    # pixels of an image resized to 1288 x 966
+    (
+        "qwen2_5",
+        '```json\n[\n\t{"bbox_2d": [644, 0, 1288, 483], "label": "a"}\n]\n```<|im_end|>',
+        (320, 0, 640, 240),
+    ),
+    ("qwen2_5", '{"bbox_2d": [0.0, 96.6, 128.8, 966.0]}', (0, 48, 64, 480)),
+    ("qwen3", '{"bbox_2d": [100, 250, 500, 1000]}', BOX),
+    ("qwen3", '[{"bbox_2d": [100, 250, 500, 1000], "label": "a"}, {"bbox_2d": [0, 0, 9, 9]}]', BOX),
+    ("qwen3", '{"bbox_2d": [100, 250, 500, 1000', None),  # truncated
+    ("qwen2", "<|object_ref_start|>a<|object_ref_end|><|box_start|>(100,250),(500,1000)<|box_end|>", BOX),
+    ("qwen2", "(100, 250), (500, 1000)", BOX),
+    ("internvl", "<ref>the dog</ref><box>[[100, 250, 500, 1000]]</box>", BOX),
+    ("glm", "<think>At [1, 2, 3, 4].</think>So: <|begin_of_box|>[[100,250,500,1000]]<|end_of_box|>", BOX),
+    ("glm", "<|begin_of_box|>[100, 250, 500, 1000]<|end_of_box|>", BOX),
+    ("glm", "It may be at [1, 2, 3, 4].", None),
+    # over the padded square of 640: 80 pixels of padding above the image
+    ("llava", "[0.25, 0.5, 0.75, 0.875]", (160, 240, 480, 480)),
+    ("llava", "[0.1, 0.0, 0.5, 0.25]", (64, 0, 320, 80)),  # starts in the padding
+    ("llava", "[0.1, 0.0, 0.5, 0.1]", None),  # inside the padding
+    ("llava", "The dog is on the left.", None),
+    # centres of bins of 0.64 x 0.48 pixels
+    ("florence2", "</s><s>the dog<loc_0><loc_499><loc_499><loc_999></s>", (0.32, 239.76, 319.68, 479.76)),
+    # 1024 steps, rows first
+    ("paligemma", "<loc0256><loc0512><loc0768><loc1024> the dog<eos>", (320, 120, 640, 360)),
+    ("paligemma", "the dog<eos>", None),
+    # beyond the image, empty, inverted
+    ("qwen3", "[-50, -50, 1200, 1500]", (0, 0, 640, 480)),
+    ("qwen3", "[100, 250, 100, 1000]", None),
+    ("qwen3", "[500, 250, 100, 1000]", None),
+    ("qwen3", "", None),
+]
+
+
+@pytest.mark.parametrize(("form", "answer", "box"), ANSWERS)
 def test_literal_answers(form: str, answer: str, box: tuple[float, ...] | None) -> None:
     resized = (1288, 966) if form == "qwen2_5" else None
     found = read_box(answer, FORMATS[form], WIDE, resized)
@@ -83,8 +72,11 @@ def test_a_tall_image_is_padded_at_its_sides() -> None:
 
 
 @given(st.text(), st.sampled_from(sorted(FORMATS)))
-def test_any_text_is_survived(text: str, form: str) -> None:
-    box = read_box(text, FORMATS[form], WIDE, (100, 100))
+def test_any_text_gives_a_valid_box_or_none(text: str, form: str) -> None:
+    assert_valid(read_box(text, FORMATS[form], WIDE, (100, 100)))
+
+
+def assert_valid(box: tuple[float, ...] | None) -> None:
     assert box is None or (0 <= box[0] < box[2] <= 640 and 0 <= box[1] < box[3] <= 480)
 
 
@@ -92,26 +84,25 @@ def test_any_text_is_survived(text: str, form: str) -> None:
     st.lists(st.one_of(st.integers(-2000, 2000), st.floats(-2000, 2000)), min_size=4, max_size=4),
     st.sampled_from(["llava", "qwen2_5", "qwen3", "internvl"]),
 )
-def test_any_numbers_are_survived(numbers: list[float], form: str) -> None:
-    box = read_box(f"[{', '.join(map(str, numbers))}]", FORMATS[form], WIDE, (100, 100))
-    assert box is None or (0 <= box[0] < box[2] <= 640 and 0 <= box[1] < box[3] <= 480)
+def test_any_numbers_give_a_valid_box_or_none(numbers: list[float], form: str) -> None:
+    assert_valid(read_box(f"[{', '.join(map(str, numbers))}]", FORMATS[form], WIDE, (100, 100)))
 
 
-def test_endless_answers_take_no_time() -> None:
-    """No pattern goes back and forth over a long answer."""
-    for text in (
+def test_no_pattern_backtracks_over_a_long_answer() -> None:
+    repeated = (
         "[" * 50_000,
         "1, " * 50_000,
         "<|begin_of_box|>" * 5_000,
         "[" + "9" * 100_000,
         "(1,1),(" * 20_000,
-    ):
+    )
+    for text in repeated:
         for form in FORMATS.values():
             assert read_box(text, form, WIDE) is None
 
 
-def test_agrees_with_florences_own_reading() -> None:
-    """transformers reads the same box from the same answer, and cuts it to whole pixels."""
+def test_equals_florences_own_parser() -> None:
+    """That of transformers, which rounds down to whole pixels."""
     from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
 
     nothing = SimpleNamespace(all_special_tokens=[], added_tokens_encoder={})
@@ -122,8 +113,8 @@ def test_agrees_with_florences_own_reading() -> None:
     assert ours is not None and list(map(int, ours)) == theirs[0]["bbox"][0]
 
 
-def test_only_what_is_known_is_claimed() -> None:
-    """The families with a format; the embedded model has none, and Kosmos-2 is no model that can be used."""
+def test_which_families_have_a_format() -> None:
+    """The embedded model has none, and Kosmos-2 is not supported."""
     found = {stem: spec.native_box for stem, spec in known_specs().items() if spec.native_box}
     assert set(found.values()) == set(FORMATS)
     assert "tiny" not in found
@@ -138,7 +129,7 @@ def test_a_model_without_a_format_says_how_to_name_one() -> None:
         native_box_format(lvlm, True, by_default=False)
 
 
-def test_each_form_asks_in_its_own_words() -> None:
+def test_each_format_has_its_own_prompt() -> None:
     lvlm = load_model(device="cpu")
     prompt = lvlm.box_prompt(FORMATS["llava"], "the {dog} on\nthe left")
     assert "region this sentence describes: the {dog} on the left" in prompt
@@ -152,7 +143,7 @@ def test_each_form_asks_in_its_own_words() -> None:
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, lvlm: LVLM, text: str) -> list[list[int]]:
-    """Whatever the tiny model says is read as `text`; the token ids that were to be read are kept."""
+    """Makes the tokenizer decode any answer as `text`; returns the token ids that it was given."""
     seen: list[list[int]] = []
 
     def decode(ids: Any, **_: Any) -> str:
@@ -163,8 +154,8 @@ def answers(monkeypatch: pytest.MonkeyPatch, lvlm: LVLM, text: str) -> list[list
     return seen
 
 
-def test_pixels_are_those_of_the_resized_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2.5-VL resizes to whole patches: its own right half is the image's right half."""
+def test_pixel_coordinates_are_those_of_the_resized_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-VL resizes to whole patches: the right half of that image is the original's right half."""
     lvlm, image = tiny("qwen2_5_vl"), Image.new("RGB", (333, 222), "red")
     inputs = lvlm.model_inputs([image], [lvlm.image_text])
     patches, patch = inputs["image_grid_thw"][0].tolist(), lvlm.processor.image_processor.patch_size
@@ -178,8 +169,8 @@ def test_pixels_are_those_of_the_resized_image(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["paligemma", "florence2"])
-def test_only_the_answer_is_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The prompt's tokens are left out, which an encoder-decoder does not repeat."""
+def test_only_the_answer_is_decoded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Without the prompt's tokens, which an encoder-decoder does not repeat."""
     lvlm, image = tiny(name), Image.new("RGB", (64, 48), "red")
     form = replace(FORMATS[name], max_new_tokens=4)
     seen = answers(monkeypatch, lvlm, "<loc0000><loc0512><loc1024><loc1024><loc_0><loc_0><loc_499><loc_999>")

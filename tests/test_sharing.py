@@ -1,4 +1,4 @@
-"""Encode once, ask many: an image that was read once gives every expression what a run of its own gives."""
+"""Encode once, ask many: the maps on a shared encoding equal those of single prompts."""
 
 from __future__ import annotations
 
@@ -27,72 +27,69 @@ from localization_heads.lvlm.families.table import FAMILIES
 from localization_heads.lvlm.forward.capture import decoder_layers
 from localization_heads.lvlm.forward.prefix import max_shareable_length, why_not_shared
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.sharing import prepare_unshared
+from localization_heads.lvlm.sharing import EncodedImage, prepare_unshared
 from localization_heads.lvlm.text.prompts import locate_expression
 from localization_heads.options.groups import ModelSpec
 
 SAME = {"rtol": 0, "atol": 1e-5}
 EXPRESSIONS = ["the red car", "the dog left in this image", "car", "the dog"]
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-APART = {"florence2", "inkling2", "inkling_mm_model", "paligemma", "paligemma2", "unlimited_ocr"}
+UNSHARED = {"florence2", "inkling2", "inkling_mm_model", "paligemma", "paligemma2", "unlimited_ocr"}
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_every_family_is_as_if_asked_apart(name: str) -> None:
+def test_every_family_equals_single_prompts(name: str) -> None:
     lvlm, image = tiny(name), coordinate_image(190, 110)
     encoded = lvlm.encode_image(image)
-    assert encoded.shares == (name not in APART)
-    together = encoded.attend(EXPRESSIONS)
-    for expression, maps in zip(EXPRESSIONS, together, strict=True):
-        alone = lvlm.attend(image, expression)
+    assert encoded.shares == (name not in UNSHARED)
+    assert_equals_single_prompts(lvlm, encoded, image, EXPRESSIONS)
+
+
+def assert_equals_single_prompts(
+    lvlm: LVLM, encoded: EncodedImage, image: Image.Image, expressions: list[str], layer: int | None = None
+) -> None:
+    for expression, maps in zip(expressions, encoded.attend(expressions, last_layer=layer), strict=True):
+        alone = lvlm.attend(image, expression, last_layer=layer)
         assert (maps.image_box, maps.prompt, maps.query) == (alone.image_box, alone.prompt, expression)
         np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
+        assert layer is None or not maps.attention[layer + 1 :].any()
 
 
 @pytest.mark.parametrize(
     "name", ["qwen2_vl", "internvl", "idefics3", "gemma3", "mllama", "qwen3_5", "gemma4"]
 )
 @pytest.mark.parametrize("query_token", SPANLESS)
-def test_every_query_token(name: str, query_token: str) -> None:
-    """Expressions of several lengths that begin with the same words; the answer's first token is asked apart."""
+def test_every_query_token_equals_single_prompts(name: str, query_token: str) -> None:
     lvlm, image = copy.copy(tiny(name)), coordinate_image(110, 150)
     lvlm.query_token = query_token
     encoded = lvlm.encode_image(image)
     assert encoded.shares == (query_token != "answer_first")
-    for expression, maps in zip(EXPRESSIONS, encoded.attend(EXPRESSIONS), strict=True):
-        np.testing.assert_allclose(maps.attention, lvlm.attend(image, expression).attention, **SAME)
+    assert_equals_single_prompts(lvlm, encoded, image, EXPRESSIONS)
 
 
 @pytest.mark.parametrize("mode", ["referseg", "chat", "plain"])
-def test_every_template_is_as_if_asked_apart(mode: str, image: Image.Image) -> None:
-    """The embedded model; `a` and `it's` share letters with the stand-ins, and a long one is much padded."""
+def test_every_template_equals_single_prompts(mode: str, image: Image.Image) -> None:
+    """Also expressions that share letters with the stand-ins, and one so long that the others are padded."""
     lvlm = load_model(device="cpu", conv_mode=mode)
     asked = ["it", "it's 2", "a", "?", "the dog " * 30, "狗在左边"]
     encoded = lvlm.encode_image(image)
     assert encoded.shares
-    for expression, maps in zip(asked, encoded.attend(asked), strict=True):
-        alone = lvlm.attend(image, expression)
-        np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
-        assert maps.prompt == alone.prompt
+    assert_equals_single_prompts(lvlm, encoded, image, asked)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma4", "mllama", "qwen3_5"])
-def test_a_deeper_layer_reads_the_image_again_and_a_lower_one_does_not(name: str) -> None:
-    """Down to a layer, then deeper: the image is read again; then less deeply: it is not."""
+def test_a_deeper_layer_encodes_the_image_again(name: str) -> None:
     lvlm, image = tiny(name), coordinate_image(110, 150)
     first, last = min(lvlm.attention_modules), max(lvlm.attention_modules)
     encoded = lvlm.encode_image(image, last_layer=first)
     shallow = encoded.num_bytes
     for layer in (first, last, first):
-        for expression, maps in zip(EXPRESSIONS, encoded.attend(EXPRESSIONS, last_layer=layer), strict=True):
-            alone = lvlm.attend(image, expression, last_layer=layer)
-            np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
-            assert not maps.attention[layer + 1 :].any()
+        assert_equals_single_prompts(lvlm, encoded, image, EXPRESSIONS, layer)
     assert encoded.num_bytes > shallow or first == last
 
 
 def count(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[int]:
-    """How long the first argument was in each call."""
+    """A list with one item for each call."""
     original, calls = getattr(target, name), []
 
     def counted(*arguments: Any, **options: Any) -> Any:
@@ -104,8 +101,8 @@ def count(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3"])
-def test_the_image_is_worked_on_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resized once, seen once by the vision tower, and each layer reads its tokens once, whatever is asked."""
+def test_the_image_is_processed_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the image processor, the vision tower, and each layer of the language model."""
     lvlm, image = tiny(name), coordinate_image(110, 150)
     resized = count(monkeypatch, type(lvlm.processor.image_processor), "preprocess")
     seen = count(monkeypatch, lvlm.model.base_model, "get_image_features")
@@ -136,8 +133,10 @@ def test_early_exit_runs_no_later_layer(monkeypatch: pytest.MonkeyPatch) -> None
     assert (len(later), head) == (2, [])
 
 
-def test_a_batch_shares_its_images(lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same object several times is encoded once; order and results are those of single pairs."""
+def test_a_batch_encodes_each_repeated_image_once(
+    lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results, in their order, are those of single pairs."""
     other, third = image.rotate(180), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     images = [image, other, image, third, image, other]
     asked = ["the dog", "a red car", "the cat on the left", "the dog", "a house", "it"]
@@ -151,15 +150,14 @@ def test_a_batch_shares_its_images(lvlm: LVLM, image: Image.Image, monkeypatch: 
 
 
 def test_a_prefix_that_reaches_into_an_expression_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins that begin alike, as with a tokenizer that merges over the edge: what is common then is less."""
+    """As when a tokenizer merges characters across the expression's start."""
     monkeypatch.setattr(sharing, "STAND_INS", ("the red car in this", "the red car in image"))
     image = coordinate_image(110, 150)
     for name in ("llava", "qwen2_vl", "aya_vision", "gemma3", "gemma4", "mllama", "qwen3_5"):
         lvlm = copy.copy(tiny(name))
         for lvlm.query_token in ("last", "expression_mean"):
             asked = ["the red car in this image", "the dog", "the red car"]
-            for expression, maps in zip(asked, lvlm.encode_image(image).attend(asked), strict=True):
-                np.testing.assert_allclose(maps.attention, lvlm.attend(image, expression).attention, **SAME)
+            assert_equals_single_prompts(lvlm, lvlm.encode_image(image), image, asked)
 
 
 def test_several_threads_ask_one_image(lvlm: LVLM, image: Image.Image) -> None:
@@ -177,8 +175,7 @@ def test_an_image_after_the_text_is_not_shared() -> None:
     lvlm._locate_cached = lambda text, *_: locate_expression(f"{{}}. {lvlm.image_text} here".format, text)
     encoded = lvlm.encode_image(coordinate_image(110, 150))
     assert not encoded.shares
-    (maps,) = encoded.attend(["the dog"])
-    np.testing.assert_allclose(maps.attention, lvlm.attend(encoded.image, "the dog").attention, **SAME)
+    assert_equals_single_prompts(lvlm, encoded, encoded.image, ["the dog"])
 
 
 def test_why_an_image_is_not_shared() -> None:
@@ -190,7 +187,7 @@ def test_why_an_image_is_not_shared() -> None:
     assert why_not_shared(config) is None
 
 
-def test_the_longest_prompt_that_shares() -> None:
+def test_rotary_scaling_limits_the_length_that_can_be_shared() -> None:
     """Up to the trained length, `dynamic` frequencies are those of no scaling, and `longrope` has its short factors."""
     config = copy.deepcopy(tiny("llava").model.config)
     assert max_shareable_length(config) == math.inf
@@ -206,10 +203,10 @@ def test_the_longest_prompt_that_shares() -> None:
 
 
 @pytest.mark.parametrize(("kind", "trained"), [("dynamic", 1024), ("longrope", 30), ("longrope", 60)])
-def test_rotary_scaling_shares_below_the_trained_length(
+def test_rotary_scaling_below_the_trained_length_equals_single_prompts(
     kind: str, trained: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if asked apart, by InternVL 3's scaling or another; prompts of 41 to 44 tokens run alone where 30 are left."""
+    """With InternVL 3's scaling and another. Prompts have 41 to 44 tokens: with a limit of 30, they are not shared."""
     factors = {
         "short_factor": [1.0] * 4,
         "long_factor": [4.0] * 4,
@@ -227,23 +224,22 @@ def test_rotary_scaling_shares_below_the_trained_length(
     encoded = lvlm.encode_image(image)
     assert encoded.shares
     for expression, one in zip(words, alone, strict=True):
-        (maps,) = encoded.attend([expression])
-        np.testing.assert_allclose(maps.attention, one.attention, **SAME)
+        np.testing.assert_allclose(encoded.attend([expression])[0].attention, one.attention, **SAME)
     assert len(asked) == (3 if trained == 30 else 0)
 
 
-def test_the_documentation_names_who_cannot_share() -> None:
-    """From the same table, word for word; and no family besides."""
+def test_the_documentation_lists_the_families_that_cannot_share() -> None:
+    """With the reasons of the table, word for word."""
     text = (Path(__file__).parents[1] / "docs/models.md").read_text(encoding="utf-8")
     section = text.partition("## One image, many expressions\n")[2].partition("\n## ")[0]
     listed = dict(re.findall(r"^- `(\w+)`: (.+)$", section, re.MULTILINE))
     reasons = {name: family.why_not_shared for name, family in FAMILIES.items() if family.why_not_shared}
     assert listed == reasons
-    unshared = {tiny(name).model.config.model_type for name in APART}
+    unshared = {tiny(name).model.config.model_type for name in UNSHARED}
     assert unshared == reasons.keys()
 
 
-def test_questions_that_cannot_be_asked_are_refused(lvlm: LVLM, image: Image.Image) -> None:
+def test_unusable_expressions_are_refused(lvlm: LVLM, image: Image.Image) -> None:
     encoded = lvlm.encode_image(image)
     assert encoded.attend([]) == []
     with pytest.raises(UsageError, match="empty"):
@@ -253,8 +249,10 @@ def test_questions_that_cannot_be_asked_are_refused(lvlm: LVLM, image: Image.Ima
 
 
 @pytest.mark.parametrize("where", ["on_device", "capture_rows"])
-def test_out_of_memory(lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """On the way to the device as in the model: one kind of error, which names the ways out."""
+def test_out_of_memory_names_the_remedies(
+    lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """On the way to the device, and in the model."""
     encoded = lvlm.encode_image(image)
 
     def full(*_: object, **__: object) -> None:
@@ -274,22 +272,20 @@ def test_out_of_memory(lvlm: LVLM, image: Image.Image, monkeypatch: pytest.Monke
             ask()
 
 
-def test_bytes_are_counted(lvlm: LVLM, image: Image.Image) -> None:
-    """Two tensors of every layer, for every token before the expression, and the pixels before and after resizing."""
+def test_num_bytes_counts_the_kv_cache_and_the_pixels(lvlm: LVLM, image: Image.Image) -> None:
     encoded = lvlm.encode_image(image)
     text = lvlm.model.config.get_text_config()
     tokens = lvlm.model_inputs([image], [lvlm.prompt("the dog")])["input_ids"].shape[1]
     width = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
     most = 2 * lvlm.num_layers * tokens * width * 4
-    pixels = (
-        lvlm.model_inputs([image], [lvlm.prompt("it")])["pixel_values"].nbytes
-        + image.width * image.height * 3
-    )
+    processed = lvlm.model_inputs([image], [lvlm.prompt("it")])["pixel_values"].nbytes
+    pixels = processed + image.width * image.height * 3
     assert 0.9 * most < encoded.num_bytes - pixels < 1.1 * most
 
 
-def test_an_image_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is given half of it; boxes are in the pixels of the image itself, shared or not."""
+def test_boxes_of_a_downscaled_image_are_in_its_original_pixels(
+    lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = coordinate_image(80, 40)
     small = lvlm.attend(image.reduce(2), "the dog")
     monkeypatch.setattr("localization_heads.data.images.MAX_MODEL_PIXELS", 1000)

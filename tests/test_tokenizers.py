@@ -102,4 +102,4 @@ def test_the_mend_of_mistrals_words_reaches_the_tokenizer(tmp_path: Path) -> Non
     save_llava(tmp_path)
     loaded = load_model(ModelSpec(str(tmp_path), fix_mistral_regex=True), device="cpu")
     assert loaded.processor.tokenizer.init_kwargs["fix_mistral_regex"] is True
-    assert loaded.wording == {"fix_mistral_regex": True}  # a key of stored results
+    assert loaded.extra_settings == {"fix_mistral_regex": True}  # a key of stored results

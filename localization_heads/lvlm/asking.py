@@ -70,10 +70,13 @@ def attend_with_extras(
         others = _siblings_or_listed(image, maps, [()] * len(maps))
     else:
         return maps
-    maps_of = _attend_others(image, others, extra_prompts, last_layer)
+    maps_by_text = _attend_others(image, others, extra_prompts, last_layer)
     return [
         # With several images in the prompt, contrast within the same one: others may draw attention elsewhere.
-        replace(one, others=tuple(maps_of[text].at(one.image_index) for text in texts if text in maps_of))
+        replace(
+            one,
+            others=tuple(maps_by_text[text].at(one.image_index) for text in texts if text in maps_by_text),
+        )
         for one, texts in zip(maps, others, strict=True)
     ]
 
@@ -145,13 +148,13 @@ def yes_no_tokens(tokenizer: Any) -> YesNoTokens | None:
 def _siblings_or_listed(
     image: EncodedImage, maps: Sequence[AttentionMaps], siblings: Sequence[Sequence[str]]
 ) -> list[tuple[str, ...]]:
-    """The other expressions of each, or else the objects that the model lists."""
+    """The other expressions of each; for those without any, the objects that the model lists."""
     others = [other_expressions(one.query, own) for one, own in zip(maps, siblings, strict=True)]
-    without = [one for one, own in zip(maps, others, strict=True) if not own]
-    if not without:
+    lacking = [one for one, own in zip(maps, others, strict=True) if not own]
+    if not lacking:
         return others
-    answers = {one.query: one.answer_text for one in without}
-    unanswered = [one.query for one in without if not one.answer_text]
+    answers = {one.query: one.answer_text for one in lacking}
+    unanswered = [one.query for one in lacking if not one.answer_text]
     generated = _generate(image, unanswered, image.lvlm.answer_tokens)
     answers |= {text: answer.text for text, answer in zip(unanswered, generated, strict=True)}
     listed = image.generate([LISTING], LISTING_TOKENS)[0].text

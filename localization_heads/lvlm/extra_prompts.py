@@ -1,7 +1,7 @@
 """`ExtraPrompts`: which prompts about an image a model is asked in addition to the expression itself.
 
-They serve contrastive grounding, confidence signals, and sensitivity (criterion 3). This module only describes
-them and needs no torch; `lvlm.asking` runs them.
+They serve contrastive grounding, confidence signals, and sensitivity (criterion 3). This module only describes them
+and needs no torch; `lvlm.asking` runs them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def extra_prompts_for(
     """The extra prompts for grounding with these heads; without heads, each image picks its own.
 
     Args:
-        criteria: if an image picks its own heads by sensitivity, and nothing else is asked, its
-            prompts are returned.
+        criteria: where an image picks its own heads by sensitivity, and nothing else is asked, the prompts for the
+            sensitivity are returned.
         every_head: keep all heads' maps of the extra prompts, as heads other than these are read too.
     """
     if measures_sensitivity(criteria) and not heads and contrast == "none" and not signals:

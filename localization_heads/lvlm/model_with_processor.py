@@ -91,15 +91,14 @@ class ModelWithProcessor:
         # What follows is shared by the copies that `prompted` and `with_...` make.
         self.changes: list[Change] = []  # in force: heads switched off or steered
         self._locate_cached = lru_cache(PROMPT_CACHE_SIZE)(self._locate)
-        self._render_cached = lru_cache(16)(
-            self._render
-        )  # each expression also renders the stand-in's prompt
+        # Small, as it only saves rendering the stand-in's prompt again for each expression.
+        self._render_cached = lru_cache(16)(self._render)
         self._tokenizing = threading.Lock()  # tokenizers keep state between calls: one thread at a time
 
     def prompted(self, conv_mode: ConvMode) -> Self:
         """The same loaded model with another prompt template."""
         twin = self._copy_with(conv_mode=conv_mode)
-        twin.__dict__.pop("image_comes_first", None)  # a cached property of the old template
+        vars(twin).pop("image_comes_first", None)  # a cached property of the old template
         return twin
 
     def with_paraphrases(self, paraphrases: Sequence[str]) -> Self:
@@ -157,7 +156,7 @@ class ModelWithProcessor:
             **{name: getattr(self.spec, name) for name in ("dtype", "quantization", "pad_to_square")},
             **{name: getattr(self, name) for name in ("conv_mode", "query_token", "view")},
             "drop_lone_spaces": self.dropped_token is not None,
-            **self.wording,
+            **self.extra_settings,
         }
 
     @property
@@ -182,7 +181,7 @@ class ModelWithProcessor:
         return max(self.answer_tokens, BOX_TOKENS if self.box_format else 0)
 
     @property
-    def wording(self) -> dict[str, Any]:
+    def extra_settings(self) -> dict[str, Any]:
         """Further options that the maps depend on, as JSON values; empty with the default options."""
         settings: dict[str, Any] = {}
         if self.reads_answer:
@@ -208,7 +207,7 @@ class ModelWithProcessor:
             self.notes.append(text)
             log.warning("%s", text)
 
-    def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
+    def warn_of_other_conditions(self, heads: str, found: FoundWith | None) -> None:
         """Warn if heads are known to have been found with other weights, another prompt or another query token."""
         if text := mismatch_warning(heads, found, self.asked):
             self.note(text)
@@ -320,13 +319,13 @@ class ModelWithProcessor:
         """The rendered messages. UsageError if the checkpoint has no chat template, or it rejects the messages."""
         if chat_template_of(self.processor) is None:
             raise UsageError(
-                f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
+                f"conv_mode=chat: {self.name} has no chat template; use conv_mode=referseg or plain"
             )
         try:
             return render_chat(self.processor, messages)
         except TemplateError as error:
             raise UsageError(
-                f"conv_mode=chat: the chat template of {self.name} refuses an image with a text ({error}); "
+                f"conv_mode=chat: the chat template of {self.name} rejects an image with a text ({error}); "
                 "use conv_mode=referseg or plain"
             ) from error
 
@@ -379,9 +378,8 @@ class ModelWithProcessor:
         flat = [image for prompt_images in nested for image in prompt_images]
         for image in flat:
             check_shape(self.model.config, self.processor.image_processor, image.size)
-        takes_pages = hasattr(
-            self.processor, "multi_page"
-        )  # GOT-OCR takes a nested list for pages of one document
+        # GOT-OCR takes a nested list of images for the pages of one document.
+        takes_pages = hasattr(self.processor, "multi_page")
         side = "right" if self.model.config.is_encoder_decoder else "left"
         sizes = ", ".join(f"{image.width} x {image.height}" for image in flat[:3])
         problem = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"

@@ -58,7 +58,7 @@ class StepRecorder(Recorder):
     Args:
         modules: attention modules by layer.
         heads: the heads to keep, by layer.
-        image: of the only sample.
+        reader: for the image of the only sample.
         last_call: the forward pass stops after this call of the last layer.
         num_tokens: length of the prompt; None for cross-attention, whose keys are not the prompt's tokens.
     """
@@ -67,12 +67,12 @@ class StepRecorder(Recorder):
         self,
         modules: dict[int, nn.Module],
         heads: dict[int, list[int]],
-        image: ImageReader,
+        reader: ImageReader,
         last_call: int,
         num_tokens: int | None,
     ) -> None:
         super().__init__(modules, max(modules), LAST_TOKEN, num_tokens)
-        self.heads, self.image, self.last_call = heads, image, last_call
+        self.heads, self.reader, self.last_call = heads, reader, last_call
         self.box: Box | None = None
         self.steps: list[dict[int, NDArray[np.float32]]] = []  # call -> layer -> [head, h, w]
 
@@ -82,7 +82,7 @@ class StepRecorder(Recorder):
             row = crop_to_prompt(row, self.num_tokens, call)
         if call == len(self.steps):
             self.steps.append({})
-        self.steps[call][layer], self.box = self.image.maps(row[0, self.heads[layer]])
+        self.steps[call][layer], self.box = self.reader.maps(row[0, self.heads[layer]])
         if layer == self.stop_after and call == self.last_call:
             raise StopForward
 

@@ -231,7 +231,7 @@ class ModelRun(Generic[Chosen]):
             "pad_to_square": lvlm.spec.pad_to_square,
             "drop_lone_spaces": self.options.drop_lone_spaces,
             "question": [lvlm.conv_mode, lvlm.system, lvlm.query_token, lvlm.view],
-            **lvlm.wording,
+            **lvlm.extra_settings,
         }
 
     @cached_property
@@ -270,7 +270,7 @@ class ModelRun(Generic[Chosen]):
 
     def note_head_conditions(self) -> None:
         """Log a note if the heads were found with other weights, another prompt or another query token."""
-        self.lvlm.note_other_conditions(
+        self.lvlm.warn_of_other_conditions(
             f"heads={self.heads_source or self.options.heads}", self.heads_found_with
         )
 

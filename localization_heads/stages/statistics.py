@@ -134,7 +134,7 @@ def _options(run: Run, *, with_sensitivity: bool) -> dict[str, Any]:
 
 
 def _prompt_options(options: FinderOptions) -> dict[str, Any]:
-    """The options behind `LVLM.wording`; with `last_and_answer`, the statistics are of the last prompt token."""
+    """The options behind `LVLM.extra_settings`; with `last_and_answer`, the statistics are of the last prompt token."""
     named: dict[str, Any] = {}
     if options.query_token in ("answer_mean", "answer_span"):
         named["answer_tokens"] = options.answer_tokens

@@ -71,7 +71,7 @@ class Steering:
         """Find the region's tokens. All images of a block have one size, and so the same token layout."""
         for number, image in enumerate(images):
             if not isinstance(image, Image.Image):
-                raise UsageError("steer: the region is one of a single image, and the prompt shows several")
+                raise UsageError("steer: the region belongs to a single image, and the prompt has several")
             if self._image_size is not None and image.size != self._image_size:
                 width, height = self._image_size
                 raise UsageError(
@@ -95,14 +95,14 @@ class Steering:
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before a forward pass: locate the region among all tokens so far. A pre-forward hook."""
         if self._image_size is None:
-            raise UsageError("steer: what the model reads was made ready before the block: ask inside it")
+            raise UsageError("steer: the model inputs were prepared before the block: prepare them inside it")
         if self.lvlm.uses_cross_attention:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # `cache` from transformers 5.24 on
         if ids is None:
             raise UsageError(
-                f"steer: {self.lvlm.name} is not given tokens, among which the image could be found"
+                f"steer: {self.lvlm.name} is called without input_ids, so the image's tokens cannot be found"
             )
         if (ids == self.lvlm.image_token_id).any():
             self._current = self._locate(ids)
@@ -133,7 +133,7 @@ class Steering:
         if before is None:
             first = getattr(cache, "first_ids", None)  # the shared prefix of an encoded image
             if first is None:
-                raise UsageError("steer: the model goes on from what it read before the block: ask inside it")
+                raise UsageError("steer: the KV cache was filled before the block: start inside it")
             before = self._locate(torch.tensor([first]).expand(len(ids), -1))
         return before._replace(length=before.length + ids.shape[1])
 
@@ -141,7 +141,7 @@ class Steering:
         """The mask of one layer with the bias added: additive, (B, H, Q, K) for `query` (B, H, Q, D).
 
         Args:
-            causal: whether attention is causal, as far as the kernel gets no mask.
+            causal: whether attention is causal if the kernel gets no mask.
         """
         B, H, Q, K = *query.shape[:3], key.shape[2]
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
