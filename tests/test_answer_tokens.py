@@ -130,13 +130,13 @@ def test_early_exit_keeps_the_lower_layers(image: Image.Image) -> None:
 
 def test_memory_does_not_grow_with_the_answer(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """One mean row per layer is kept, and no rows of single tokens."""
-    held, add = [], Recorder._add
+    held, add = [], Recorder._accumulate
 
     def spy(self: Recorder, layer: int, call: int, row: Tensor) -> None:
         add(self, layer, call, row)
         held.append(sum(tensor.numel() for tensor in self._sums.values()))
 
-    monkeypatch.setattr(Recorder, "_add", spy)
+    monkeypatch.setattr(Recorder, "_accumulate", spy)
     lvlm = variant(endless_lvlm("last_and_answer"), answer_tokens=12)
     lvlm.attend(image, "the dog")
     assert len(held) == 12 * lvlm.num_layers

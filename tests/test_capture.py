@@ -191,18 +191,18 @@ def test_rows_are_the_same_however_many_heads_are_copied_at_once(
     query = torch.randn(2, 8, 5, 4, generator=generator).bfloat16()
     key = torch.randn(2, 4, 5, 4, generator=generator).bfloat16()
     one_by_one = attention_rows(nn.Module(), query, key, None)
-    monkeypatch.setattr(forward_capture, "_heads_at_once", lambda key: at_once)
+    monkeypatch.setattr(forward_capture, "_kv_heads_at_once", lambda key: at_once)
     torch.testing.assert_close(attention_rows(nn.Module(), query, key, None), one_by_one)
 
 
 def test_a_gpu_copies_no_more_keys_than_it_may_hold() -> None:
     keys = torch.empty(2, 32, 600, 128, device="meta")
-    assert 4 * keys[:, : forward_capture._heads_at_once(keys)].numel() >= 4 * keys.numel()
+    assert 4 * keys[:, : forward_capture._kv_heads_at_once(keys)].numel() >= 4 * keys.numel()
     many = torch.empty(256, 32, 600, 128, device="meta")
-    heads = forward_capture._heads_at_once(many)
+    heads = forward_capture._kv_heads_at_once(many)
     assert 1 <= heads < 32
-    assert 4 * many[:, :heads].numel() <= forward_capture.COPIED
-    assert forward_capture._heads_at_once(torch.empty(1, 32, 600, 128)) == 1
+    assert 4 * many[:, :heads].numel() <= forward_capture.MAX_FP32_KEY_BYTES
+    assert forward_capture._kv_heads_at_once(torch.empty(1, 32, 600, 128)) == 1
 
 
 def test_row_into_an_empty_static_cache() -> None:
@@ -290,6 +290,6 @@ def test_each_layer_is_captured_on_its_own_device() -> None:
             run(2, 3, past_key_values=cache, use_cache=True)
             for _ in range(2):
                 recorder.unfinished = torch.ones(2, dtype=torch.bool, device="cpu:1")  # where the logits are
-                recorder.counted = torch.ones(2, 2, dtype=torch.bool)
+                recorder.token_mask = torch.ones(2, 2, dtype=torch.bool)
                 run(2, 1, past_key_values=cache, use_cache=True)
         assert devices({layer: mean for layer, (mean, _) in recorder.answer_means.items()}) == places

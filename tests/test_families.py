@@ -254,7 +254,7 @@ def test_an_unknown_family_reads_the_grid_that_nothing_contradicts(
 )
 def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: ProcessedImage, said: str) -> None:
     """Anything that the processor says may contradict a square; the sentence says what."""
-    with pytest.raises(UsageError, match="places cannot be told") as caught:
+    with pytest.raises(UsageError, match="positions in the image are unknown") as caught:
         views_of(image)
     assert said in str(caught.value)
 

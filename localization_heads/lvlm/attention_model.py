@@ -210,7 +210,7 @@ class AttentionModel(ModelWithProcessor):
             capture(self.attention_modules, stop, query, num_tokens) as attention,
         ):
             if recorder is not None and query.answer_tokens is not None:
-                recorder.attention, attention.counted = attention, recorder.token_mask
+                recorder.attention, attention.token_mask = attention, recorder.token_mask
             self.run(inputs, query, recorder)
         rows = {layer: attention.rows.pop(layer).cpu() for layer in list(attention.rows)}
         if not self.uses_cross_attention:

@@ -1,4 +1,4 @@
-"""Families that cut an image into tiles and usually show the model the whole of it as well: its two `View`s."""
+"""Families that cut an image into tiles, usually in addition to the image as a whole: one function each, to `View`s."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from localization_heads.lvlm.families.geometry import (
     Size,
     View,
     canvas_box,
+    covered_view,
     even_view,
     fitted_size,
     grid,
     mosaic,
     padded_box,
     patches_of,
-    seen_view,
     square,
     tile_edges,
     upscaling_limit,
@@ -36,7 +36,7 @@ from localization_heads.lvlm.families.views import shifted
 def anyres(image: ProcessedImage) -> list[View]:
     """LLaVA-NeXT, LLaVA-OneVision: the image squeezed into a square, then tiles over its letterboxed enlargement.
 
-    The tiles' tokens are unpadded to the image's aspect, shrunk where they are too many, and each of their rows
+    The grid of the tiles' tokens is cropped to the image's aspect and downsampled if it is too large; each of its rows
     ends with a newline token.
     """
     from transformers.image_processing_utils import select_best_resolution
@@ -44,8 +44,8 @@ def anyres(image: ProcessedImage) -> list[View]:
     config, (W, H) = image.config, image.image_size
     n, covered = patches_of(config.vision_config)
     base, rest = square(image.tokens[: n * n]), image.tokens[n * n :]
-    if rest.size == 1:  # LLaVA-OneVision shows no tiles of one image among several, and pads it to a square
-        return [seen_view(image, base, padded_box((W, H)))]
+    if rest.size == 1:  # LLaVA-OneVision, several images: no tiles, and each image padded to a square
+        return [covered_view(image, base, padded_box((W, H)))]
     canvas_h, canvas_w = select_best_resolution((H, W), config.image_grid_pinpoints)
     tile = image.config.vision_config.image_size
     x_edges, y_edges = tile_edges(canvas_w // tile, n, covered), tile_edges(canvas_h // tile, n, covered)
@@ -53,10 +53,10 @@ def anyres(image: ProcessedImage) -> list[View]:
     offset = (canvas_w - resized[0]) // 2, (canvas_h - resized[1]) // 2
     x0, y0, x1, y1 = canvas_box((W, H), resized, (tile, tile), offset)  # of the first tile
     x_edges, y_edges = unpadded(x_edges * (x1 - x0) + x0, y_edges * (y1 - y0) + y0, (W, H))
-    rows, columns = _shrunk(config, len(y_edges) - 1, len(x_edges) - 1, n)
+    rows, columns = _downsampled(config, len(y_edges) - 1, len(x_edges) - 1, n)
     index = grid(rest, rows, columns + 1)[:, :-1]
     return [
-        seen_view(image, base),
+        covered_view(image, base),
         View("tiles", index, _resampled(x_edges, columns), _resampled(y_edges, rows)),
     ]
 
@@ -64,7 +64,7 @@ def anyres(image: ProcessedImage) -> list[View]:
 def unpadded(
     x_edges: NDArray[np.float64], y_edges: NDArray[np.float64], image_size: Size
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Remove the rows or columns of a letterbox's bars: transformers' `unpad_image`, applied to edges."""
+    """Remove the rows or columns of the letterbox bars: transformers' `unpad_image`, applied to edges."""
     (W, H), columns, rows = image_size, len(x_edges) - 1, len(y_edges) - 1
     if columns / rows < W / H:
         bar = (rows - int(round(H * (columns / W), 7))) // 2
@@ -73,8 +73,8 @@ def unpadded(
     return x_edges[bar : columns - bar + 1], y_edges
 
 
-def _shrunk(config: Any, rows: int, columns: int, n: int) -> Size:
-    """LLaVA-OneVision resamples a grid of more cells than `anyres_max_9` tiles have."""
+def _downsampled(config: Any, rows: int, columns: int, n: int) -> Size:
+    """Return the grid after LLaVA-OneVision's downsampling, if it has more cells than the tiles of `anyres_max_9`."""
     limit = re.fullmatch(r"anyres_max_(\d+)", getattr(config, "vision_aspect_ratio", None) or "")
     ratio = math.sqrt(rows * columns / (int(limit[1]) * n * n)) if limit else 0
     return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
@@ -87,24 +87,34 @@ def _resampled(edges: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
 def tiled(
     image: ProcessedImage, rows: int, columns: int, cells: int, *, box: Box | None = None, first: bool = False
 ) -> list[View]:
-    """Tiles of `cells x cells` tokens over `box`, and a thumbnail of the whole image before or after them."""
+    """Return the views of tiles of `cells x cells` tokens over `box` and of a thumbnail of the whole image.
+
+    Args:
+        first: the thumbnail comes before the tiles, not after them.
+
+    Raises:
+        UsageError: the number of image tokens does not match.
+    """
     box = box or whole_box(image.image_size)
-    tokens, each, tiles = image.tokens, cells * cells, rows * columns
-    if tiles == 1 and tokens.size == each:
+    tokens, per_tile, tiles = image.tokens, cells * cells, rows * columns
+    if tiles == 1 and tokens.size == per_tile:
         return [whole_view(image, square(tokens), box)]
-    if tokens.size == tiles * each:  # the thumbnail is switched off
+    if tokens.size == tiles * per_tile:  # the thumbnail is switched off
         return [even_view("tiles", mosaic(tokens, rows, columns), box)]
-    thumbnail, rest = (tokens[:each], tokens[each:]) if first else (tokens[-each:], tokens[:-each])
-    if rest.size != tiles * each:
+    if first:
+        thumbnail, rest = tokens[:per_tile], tokens[per_tile:]
+    else:
+        thumbnail, rest = tokens[-per_tile:], tokens[:-per_tile]
+    if rest.size != tiles * per_tile:
         raise UsageError(
-            f"{tokens.size} image tokens where {rows} x {columns} tiles of {each} and a thumbnail are expected: "
+            f"{tokens.size} image tokens where {rows} x {columns} tiles of {per_tile} and a thumbnail are expected: "
             "the processor does not fit the model"
         )
     return [whole_view(image, square(thumbnail)), even_view("tiles", mosaic(rest, rows, columns), box)]
 
 
 def internvl(image: ProcessedImage) -> list[View]:
-    """InternVL: the canvas of 448-pixel tiles with the nearest aspect, squeezed; thumbnail last."""
+    """InternVL: squeezed onto the canvas of 448-pixel tiles with the nearest aspect; thumbnail last."""
     rows, columns = _optimal_canvas(image)
     return tiled(image, rows, columns, math.isqrt(image.config.image_seq_length))
 
@@ -112,13 +122,12 @@ def internvl(image: ProcessedImage) -> list[View]:
 def cohere(image: ProcessedImage) -> list[View]:
     """Aya Vision, Command A Vision: InternVL's canvas, patches merged by `downsample_factor`; thumbnail last."""
     rows, columns = _optimal_canvas(image)
-    return tiled(
-        image, rows, columns, patches_of(image.config.vision_config)[0] // image.config.downsample_factor
-    )
+    patches, _ = patches_of(image.config.vision_config)
+    return tiled(image, rows, columns, patches // image.config.downsample_factor)
 
 
 def _optimal_canvas(image: ProcessedImage) -> Size:
-    """`(rows, columns)` of tiles, from the image processor's own function: its output does not keep them."""
+    """Recompute `(rows, columns)` of tiles with the image processor's own function: its output lacks them."""
     ip, (W, H) = image.image_processor, image.image_size
     optimal = sys.modules[type(ip).__module__].get_optimal_tiled_canvas
     columns, rows = optimal((H, W), (ip.size["height"], ip.size["width"]), ip.min_patches, ip.max_patches)
@@ -126,20 +135,20 @@ def _optimal_canvas(image: ProcessedImage) -> Size:
 
 
 def perception(image: ProcessedImage) -> list[View]:
-    """Perception LM: thumbnail first, then the canvas of tiles that fits the image, squeezed."""
+    """Perception LM: thumbnail first, then the image squeezed onto the canvas of tiles that fits it best."""
     ip, (W, H) = image.image_processor, image.image_size
-    canvas = (1, 1)
+    columns, rows = 1, 1
     if ip.vision_input_type == "thumb+tile" and ip.max_num_tiles > 1:
-        fit, near = ip._fit_image_to_canvas, ip._find_closest_aspect_ratio
-        canvas = fit(W, H, ip.tile_size) or near(W, H, ip.tile_size)
+        fit, closest = ip._fit_image_to_canvas, ip._find_closest_aspect_ratio
+        columns, rows = fit(W, H, ip.tile_size) or closest(W, H, ip.tile_size)
     cells = ip.tile_size // image.processor.patch_size // image.processor.pooling_ratio
-    return tiled(image, canvas[1], canvas[0], cells, first=True)
+    return tiled(image, rows, columns, cells, first=True)
 
 
 def unlimited_ocr(image: ProcessedImage) -> list[View]:
-    """Unlimited-OCR: tiles over the squeezed image, then the whole of it padded to a square; a token ends each row.
+    """Unlimited-OCR: tiles over the squeezed image, then the whole image padded to a square; a token ends each row.
 
-    Two strided convolutions centre a token 1.5 patches left of and above the middle of its four.
+    Two strided convolutions centre a token 1.5 patches left of and above the middle of its 4 x 4.
     """
     ip, (W, H), views, tokens = image.image_processor, image.image_size, [], image.tokens
     cell = image.processor.patch_size * image.processor.downsample_ratio
@@ -162,16 +171,11 @@ def unlimited_ocr(image: ProcessedImage) -> list[View]:
 
 
 def ovis2(image: ProcessedImage) -> list[View]:
-    """Ovis2: thumbnail first; `<IMG_COL>` and `<IMG_ROW>` stand between the tiles."""
+    """Ovis2: thumbnail first; `<IMG_COL>` and `<IMG_ROW>` separate the tiles."""
     words = image.words()
     rows = words.count("<IMG_ROW>") + 1
-    return tiled(
-        image,
-        rows,
-        words.count("<IMG_COL>") // rows + 1,
-        math.isqrt(image.processor.image_seq_length),
-        first=True,
-    )
+    columns = words.count("<IMG_COL>") // rows + 1
+    return tiled(image, rows, columns, math.isqrt(image.processor.image_seq_length), first=True)
 
 
 def idefics3(image: ProcessedImage) -> list[View]:
@@ -181,16 +185,16 @@ def idefics3(image: ProcessedImage) -> list[View]:
 
 
 def _numbered_tiles(image: ProcessedImage, pattern: str) -> Size:
-    """The highest row and column that the prompt's tile tokens name; one tile if there are none."""
-    found = [re.fullmatch(pattern, word) for word in image.words()]
-    places = [(int(place[1]), int(place[2])) for place in found if place]
-    return max((row for row, _ in places), default=1), max((column for _, column in places), default=1)
+    """Return the highest row and column in the prompt's tile tokens; one tile if there are none."""
+    matches = [re.fullmatch(pattern, word) for word in image.words()]
+    tiles = [(int(match[1]), int(match[2])) for match in matches if match]
+    return max((row for row, _ in tiles), default=1), max((column for _, column in tiles), default=1)
 
 
 def molmo2(image: ProcessedImage) -> list[View]:
-    """Molmo 2: the squeezed image, then the same on a canvas of overlapping crops whose margins are cut off.
+    """Molmo 2: the squeezed image, then the same at a higher resolution in overlapping crops, without their margins.
 
-    Patches are pooled two by two; where their number is odd, the last cell of a row or column has one of them.
+    Patches are pooled two by two; if their number is odd, the last cell of a row or column is half as large.
     """
     ip, (W, H) = image.image_processor, image.image_size
     geometry = sys.modules[type(ip).__module__].compute_crop_geometry
@@ -210,7 +214,7 @@ def molmo2(image: ProcessedImage) -> list[View]:
 
 
 def minicpm(image: ProcessedImage) -> list[View]:
-    """MiniCPM-V: the image in one piece, then tiles over the squeezed image, which need not be square."""
+    """MiniCPM-V: the image in one piece, then tiles, not necessarily square, over the squeezed image."""
     ip, size = image.image_processor, image.image_size[::-1]
     limits = {"scale_resolution": ip.scale_resolution, "patch_size": ip.patch_size}
     mode = {**limits, "downsample_mode": ip.downsample_mode}
@@ -229,26 +233,24 @@ def minicpm(image: ProcessedImage) -> list[View]:
 
 
 def lfm2(image: ProcessedImage) -> list[View]:
-    """LFM2-VL: square tiles over the squeezed image, then a thumbnail of its own aspect."""
+    """LFM2-VL: square tiles over the squeezed image, then a thumbnail at the image's aspect."""
     ip, (W, H) = image.image_processor, image.image_size
     names = ("downsample_factor", "min_image_tokens", "max_image_tokens", "encoder_patch_size")
     width, height = ip.smart_resize(height=H, width=W, **{name: getattr(ip, name) for name in names})
     cell = ip.encoder_patch_size * ip.downsample_factor
     rows, columns = _numbered_tiles(image, r"<\|img_row_(\d+)_col_(\d+)\|>")
-    tiles = rows * columns * (ip.tile_size // cell) ** 2 if rows * columns > 1 else 0
+    tiles = rows * columns * (ip.tile_size // cell) ** 2 if rows * columns > 1 else 0  # their tokens
     views = []
     if image.tokens.size > tiles:
-        index = grid(image.tokens[tiles:], height // cell, width // cell)
-        views.append(whole_view(image, index))
+        views.append(whole_view(image, grid(image.tokens[tiles:], height // cell, width // cell)))
     if tiles:
-        views.append(
-            even_view("tiles", mosaic(image.tokens[:tiles], rows, columns), whole_box(image.image_size))
-        )
+        index = mosaic(image.tokens[:tiles], rows, columns)
+        views.append(even_view("tiles", index, whole_box((W, H))))
     return views
 
 
 def llama4(image: ProcessedImage) -> list[View]:
-    """Llama 4: aspect kept, padded right and below to whole tiles; separators between the tiles, thumbnail last."""
+    """Llama 4: aspect kept, padded to whole tiles at the right and bottom; separators between tiles, thumbnail last."""
     words = image.words()
     rows = max(1, words.count("<|tile_y_separator|>"))
     columns = words.count("<|tile_x_separator|>") // rows + 1
@@ -264,11 +266,11 @@ def llama4(image: ProcessedImage) -> list[View]:
 
 def gemma3(image: ProcessedImage) -> list[View]:
     """Gemma 3: the image squeezed into a square; with pan and scan, crops along its longer side as well."""
-    (W, H), each = image.image_size, image.config.mm_tokens_per_image
-    whole, rest = image.tokens[:each], image.tokens[each:]
+    (W, H), per_view = image.image_size, image.config.mm_tokens_per_image
+    whole, rest = image.tokens[:per_view], image.tokens[per_view:]
     views = [whole_view(image, square(whole))]
     if rest.size:
-        crops, cells = rest.size // each, math.isqrt(each)
+        crops, cells = rest.size // per_view, math.isqrt(per_view)
         rows, columns = (1, crops) if W >= H else (crops, 1)
         index = mosaic(rest, rows, columns)
         views.append(View("tiles", index, _crop_edges(W, columns, cells), _crop_edges(H, rows, cells)))
@@ -276,14 +278,14 @@ def gemma3(image: ProcessedImage) -> list[View]:
 
 
 def _crop_edges(length: int, crops: int, cells: int) -> NDArray[np.float64]:
-    """Crops are rounded up to whole pixels, so that the last one is narrower."""
+    """Return cell edges along one axis. Crops are rounded up to whole pixels, so the last one may be narrower."""
     size = math.ceil(length / crops)
     borders = np.minimum(np.arange(crops + 1) * size, length)
     return np.interp(np.arange(crops * cells + 1) / cells, np.arange(crops + 1), borders)
 
 
 def mllama(image: ProcessedImage) -> list[View]:
-    """Llama 3.2 Vision: the keys are those of cross-attention, tile after tile, a class token before each."""
+    """Llama 3.2 Vision: the keys are those of cross-attention, tile by tile, each after its class token."""
     vision, tile = image.config.vision_config, image.image_processor.size["height"]
     rows, columns = vision.supported_aspect_ratios[image.row("aspect_ratio_ids")[0] - 1]
     cells, covered = patches_of(vision)
