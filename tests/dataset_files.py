@@ -1,4 +1,4 @@
-"""Miniature benchmarks in the exact formats that people have: one small world, written in each of them."""
+"""Miniature benchmarks in their exact published formats: the same sample data (`world`), written in each of them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Ref:
 
 
 def world() -> list[Ref]:
-    """UNC's splits in small: train shows images 1 to 6, the others one each; a crowd, and an object in two parts."""
+    """Sample data with UNC's splits: six training images, one per other split; a crowd, and an object in two parts."""
     two_parts = [list(SQUARE), [40.0, 30.0, 60.0, 30.0, 60.0, 44.0]]
     crowd = {"size": [48, 64], "counts": [48 * 10 + 5, 20, 48 * 64 - 48 * 10 - 25]}
     return [
@@ -88,7 +88,7 @@ def world() -> list[Ref]:
 
 
 def save_images(folder: Path, refs: list[Ref]) -> Path:
-    """COCO's train2014, as far as the references need it."""
+    """The images of COCO's train2014 that the references need."""
     folder.mkdir(parents=True, exist_ok=True)
     for ref in refs:
         (folder / f"COCO_train2014_{ref.image_id:012d}.jpg").write_bytes(image_bytes(ref.size, ref.image_id))
@@ -103,14 +103,13 @@ def image_bytes(size: tuple[int, int], seed: int = 0, format: str = "JPEG") -> b
 
 
 def save_refer(folder: Path, refs: list[Ref], partition: str = "unc", *, protocol: int = 2) -> Path:
-    """`refs(unc).p` as Python 2 wrote it, with `instances.json`; annotations that nobody refers to are in it too."""
+    """`refs(unc).p` as written by Python 2, and `instances.json`, which also has an annotation without a reference."""
     folder.mkdir(parents=True, exist_ok=True)
-    stranger = Ref(900, 999, "train", ("nobody says this",))
-    everyone = [*refs, stranger]
+    annotated = [*refs, Ref(900, 999, "train", ("without a reference",))]
     instances = {
         "info": {"version": "1.0"},
-        "images": list({ref.image_id: ref.image() for ref in everyone}.values()),
-        "annotations": [ref.annotation() for ref in everyone],
+        "images": list({ref.image_id: ref.image() for ref in annotated}.values()),
+        "annotations": [ref.annotation() for ref in annotated],
         "categories": [{"supercategory": "person", "id": 1, "name": "person"}],
     }
     (folder / "instances.json").write_text(json.dumps(instances))
@@ -120,7 +119,7 @@ def save_refer(folder: Path, refs: list[Ref], partition: str = "unc", *, protoco
 
 
 def as_python2(content: bytes) -> bytes:
-    """A pickle of protocol 0 to 2 with its ASCII texts as Python 2's plain strings, the others as unicode."""
+    """Rewrite a pickle of protocol 0 to 2 as Python 2 would: ASCII strings as `str`, others as `unicode`."""
     steps = list(pickletools.genops(content))
     ends = [*(position for _, _, position in steps[1:]), len(content)]
     parts = []
@@ -147,7 +146,7 @@ TYPES = {
 
 
 def columns(names: str) -> list[tuple[str, pa.DataType]]:
-    """Of `name:type name:type`, in this order."""
+    """Parse `name:type name:type ...`."""
     return [(name, TYPES[kind]) for name, kind in (pair.split(":") for pair in names.split())]
 
 

@@ -58,7 +58,7 @@ def grefs() -> tuple[list[Ref], list[dict[str, Any]]]:
     """One target as a number, one in a list, two, and none: `(objects, references)`."""
     objects = [Ref(n, 20, "val", ("x",), bbox=(10.0 + 20 * n, 10.0, 15.0, 15.5)) for n in range(2)]
 
-    def ref(number: int, ann_id: Any, *texts: str, **more: Any) -> dict[str, Any]:
+    def ref(number: int, ann_id: Any, *texts: str, **extra: Any) -> dict[str, Any]:
         sentences = [{"sent_id": 10 * number + n, "sent": text, "raw": text} for n, text in enumerate(texts)]
         return {
             "ref_id": number,
@@ -66,7 +66,7 @@ def grefs() -> tuple[list[Ref], list[dict[str, Any]]]:
             "image_id": 20,
             "split": "val",
             "sentences": sentences,
-            **more,
+            **extra,
         }
 
     one, two = (one.ann_id for one in objects)

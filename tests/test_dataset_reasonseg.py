@@ -1,4 +1,4 @@
-"""ReasonSeg from LISA's folders, painted as LISA paints them, and from the parquet with masks inside."""
+"""ReasonSeg from LISA's folders, rasterised as in LISA, and from Parquet with masks."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def entry(*shapes, **change):
 
 
 def lisa_mask(shapes, size):
-    """The second implementation: what LISA's script does, with OpenCV: 0 nothing, 1 target, 255 ignored."""
+    """A second implementation, LISA's script: 0 background, 1 target, 255 ignored."""
     cv2 = pytest.importorskip("cv2")
     width, height = size
 
-    def paint(canvas, one, value):
-        points = np.array([one["points"]], dtype=np.int32)
+    def paint(canvas, shape, value):
+        points = np.array([shape["points"]], dtype=np.int32)
         cv2.polylines(canvas, points, True, value, 1)
         cv2.fillPoly(canvas, points, value)
         return canvas
 
-    known = [one for one in shapes if one["label"].lower() != "flag"]
-    areas = [paint(np.zeros((height, width), np.uint8), one, 1).sum() for one in known]
+    painted = [shape for shape in shapes if shape["label"].lower() != "flag"]
+    areas = [paint(np.zeros((height, width), np.uint8), shape, 1).sum() for shape in painted]
     canvas = np.zeros((height, width), np.uint8)
     for index in np.argsort(areas)[::-1]:
-        paint(canvas, known[index], 255 if "ignore" in known[index]["label"].lower() else 1)
+        paint(canvas, painted[index], 255 if "ignore" in painted[index]["label"].lower() else 1)
     return canvas
 
 
@@ -65,7 +65,7 @@ def test_shapes_are_painted_as_in_lisa(shapes):
 
 
 def test_random_polygons_are_painted_as_in_opencv():
-    """Also beyond the image, where lines are cut."""
+    """Also where they extend past the image."""
     rng = np.random.default_rng(0)
     for _ in range(60):
         angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(1, 12)))
@@ -77,7 +77,7 @@ def test_random_polygons_are_painted_as_in_opencv():
 
 
 def test_paint_shapes_by_hand():
-    """A small ignored square on a large target leaves a hole that is neither; outlines belong to a shape."""
+    """A small ignored square on a large target is neither target nor background; outlines belong to a shape."""
     target, ignored = paint_shapes([shape("ignore", *SMALL), shape("target", *BIG)], (64, 48))
     assert target.sum() == 39 * 29 - 11 * 11
     assert ignored.sum() == 11 * 11 and not (target & ignored).any()
@@ -92,7 +92,7 @@ def test_shapes_are_clipped_to_the_image():
 
 
 def test_painting_keeps_one_mask_in_memory():
-    """Eighty masks of four megapixels took 320 MB; two are the result."""
+    """Eighty masks of four megapixels would take 320 MB; the result is two."""
     shapes = [shape("target", (0, 0), (1999, 0), (1999, 1999), (n, 1999)) for n in range(80)]
     tracemalloc.start()
     target, ignored = paint_shapes(shapes, (2000, 2000))
@@ -157,11 +157,8 @@ def test_lisa_folders_are_read_by_split(tmp_path):
     ]
     assert index.entries[2].text == "what keeps one dry?"
     train, first, second = found
-    assert (
-        train.ignore is None
-        and train.extra == {"is_sentence": True}
-        and second.extra == {"is_sentence": False}
-    )
+    assert train.ignore is None
+    assert train.extra == {"is_sentence": True} and second.extra == {"is_sentence": False}
     assert first.ignore.sum() == 11 * 11 and first.box == (2.0, 2.0, 41.0, 31.0) and first.size == (64, 48)
     assert records(root / "val")[0].entries == [e._replace(row=n) for n, e in enumerate(index.entries[2:])]
 
@@ -207,9 +204,8 @@ def test_parquet_masks_are_read(tmp_path):
     rng = np.random.default_rng(0)
     masks = [rng.random((48, 64)) > 0.5, rng.random((30, 20)) > 0.9, np.zeros((8, 9), bool)]
     rows = [ricky_row(f"img{n}", f"what is {n}?", mask, seed=n) for n, mask in enumerate(masks)]
-    save_rows(
-        tmp_path / "ReasonSeg_test" / "data" / "test-00000-of-00001.parquet", rows, RICKY, row_group_size=2
-    )
+    path = tmp_path / "ReasonSeg_test" / "data" / "test-00000-of-00001.parquet"
+    save_rows(path, rows, RICKY, row_group_size=2)
     index, found = records(tmp_path / "ReasonSeg_test")
     assert [(e.id, e.split, e.picture, e.text) for e in index.entries[:2]] == [
         ("row0_sent0", "test", "reasonseg:img0", "what is 0?"),
@@ -258,7 +254,7 @@ def test_row_with_an_invalid_size_or_text_is_not_indexed(tmp_path, change):
 
 
 def test_masks_larger_than_their_images_are_rejected(tmp_path):
-    """Run lengths make a gigabyte of mask a small file."""
+    """Run-length encoding stores a gigabyte of mask in a small file."""
     row = {**ricky_row("a", "x", np.ones((400, 400), bool)), "img_height": 4, "img_width": 4}
     save_rows(tmp_path / "test.parquet", [row], RICKY)
     with pytest.raises(UsageError, match="far more values than its images have pixels"):

@@ -1,4 +1,4 @@
-"""The newer benchmarks from the files that people have: boxes of each kind, no target, several, hostile files."""
+"""The newer benchmarks in their published formats: boxes, zero or several targets, hostile files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_ref_l4_records(tmp_path):
     ]
     assert index.entries[0].text == "The caf\xe9's \u201cblue\u201d vase."
     assert found[0].box == (10.0, 10.0, 30.0, 25.5) and found[2].box == (100.0, 50.0, 300.0, 150.0)
-    category = {"ori_category_id": "refcoco_1", "category": "o365_1"}  # a person in both
+    category = {"ori_category_id": "refcoco_1", "category": "o365_1"}  # "person" in COCO and Objects365
     assert found[1].extra == {"source_id": 2, **category, "is_rewrite": True}
 
 
@@ -122,27 +122,25 @@ def test_screenspot_json_boxes_are_xywh(tmp_path, version):
 def test_screenspot_parquet_boxes_are_normalised(tmp_path):
     image = {"bytes": image_bytes((96, 54), 1, "PNG"), "path": None}
     row = {
-        "file_name": "a.png", "instruction": "close", "data_type": "icon", "data_source": "ios",
+        "file_name": "a.png",
+        "instruction": "close",
+        "data_type": "icon",
+        "data_source": "ios",
         "image": image,
-    }  # fmt: skip
+    }
     boxes = [[0.25, 0.5, 0.5, 1.0], [24.0, 27.0, 48.0, 54.0]]
     save_rows(tmp_path / "test-00000-of-00001.parquet", [{**row, "bbox": box} for box in boxes], SCREENSPOT)
     _, found = read("screenspot", tmp_path)
-    assert found[0].box == (24.0, 27.0, 48.0, 54.0) and found[0].extra == {
-        "data_type": "icon",
-        "data_source": "ios",
-    }
+    assert found[0].box == (24.0, 27.0, 48.0, 54.0)
+    assert found[0].extra == {"data_type": "icon", "data_source": "ios"}
     assert isinstance(found[1], BadRecord) and "from 0 to 1" in found[1].reason
 
 
 def test_screenspot_pro_boxes_are_xyxy(tmp_path):
     index, found = read("screenspot-pro", save_screenspot_pro(tmp_path))
     assert found[0].box == (3000.0, 2000.0, 3040.0, 2030.0) and found[0].size == (3840, 2160)
-    assert (
-        found[0].image.is_file()
-        and found[0].extra["group"] == "Dev"
-        and found[0].extra["platform"] == "macos"
-    )
+    assert found[0].image.is_file()
+    assert found[0].extra["group"] == "Dev" and found[0].extra["platform"] == "macos"
     assert index.entries[0].text == "refresh the file explorer"
 
 
@@ -158,9 +156,8 @@ def test_finecops_negatives_are_absent(tmp_path):
     assert [entry.picture for entry in index.entries] == [
         "gqa:2370799", "gqa:2370799", "gqa:neg_17", "gqa:2370799",
     ]  # fmt: skip
-    assert (
-        found[0].box == (10.0, 10.0, 30.0, 25.5) and not found[0].absent and found[0].extra["source_id"] == 1
-    )
+    assert found[0].box == (10.0, 10.0, 30.0, 25.5) and not found[0].absent
+    assert found[0].extra["source_id"] == 1
     assert found[1].absent and found[2].absent and found[1].extra["positive_id"] == 1
     assert found[2].image == tmp_path / "final_neg_images" / "neg_17.jpg" and isinstance(found[3], BadRecord)
 
@@ -190,11 +187,8 @@ BAD_XML = {
 @pytest.mark.parametrize("content", BAD_XML.values(), ids=BAD_XML)
 def test_invalid_xml_loses_only_its_image(tmp_path, content):
     root = save_flickr30k(tmp_path)
-    for part, suffix, text in (
-        ("Sentences", "txt", "[/EN#1/people A girl]"),
-        ("Annotations", "xml", content),
-    ):
-        (root / part / f"1.{suffix}").write_text(text)
+    (root / "Sentences" / "1.txt").write_text("[/EN#1/people A girl]")
+    (root / "Annotations" / "1.xml").write_text(content)
     (root / "val.txt").write_text("1\n36979\n../x\n")
     with pytest.raises(UsageError):
         read_boxes(root / "Annotations" / "1.xml")
@@ -240,7 +234,7 @@ def test_prepare_writes_each_benchmark(front, dataset):
 
 
 def test_evaluate_uses_the_protocol_of_the_file(front):
-    """One box, several, and none: each of gRefCOCO's kinds."""
+    """gRefCOCO, with one, several and no targets."""
     save_grefcoco(Path("data"))
     front.finder(
         "stage=prepare", "dataset=grefcoco", "dataset_path=data", "images=data/train2014", "split=val"

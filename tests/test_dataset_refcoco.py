@@ -1,4 +1,4 @@
-"""RefCOCO from the authors' pickles, from jxu124's parquet and from lmms-lab's: one world, the same truth."""
+"""RefCOCO from the authors' pickles and from the Parquet of jxu124 and lmms-lab: same data, same ground truth."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def all_records(source, index):
 
 
 def coco_mask(ref):
-    """The second implementation: pycocotools' own decoding of COCO's own annotation."""
+    """A second implementation: pycocotools decodes COCO's annotation."""
     width, height = ref.size
     runs = coco.frPyObjects(ref.segmentation, height, width)
     decoded = coco.decode(runs)
@@ -87,7 +87,7 @@ def test_unc_formats_give_coco_ground_truth(tmp_path, images, save):
 
 
 def test_sample_data_covers_crowds_and_multipart_objects():
-    """A crowd of run lengths and an object in two parts, of which a single polygon would be another mask."""
+    """A crowd as RLE, and an object in two parts, whose mask differs from its first polygon's."""
     refs = world()
     assert any(ref.iscrowd for ref in refs)
     parts = next(ref for ref in refs if len(ref.segmentation) == 2 and not ref.iscrowd)
@@ -97,11 +97,9 @@ def test_sample_data_covers_crowds_and_multipart_objects():
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])
 def test_python_2_pickles_are_read(protocol):
-    """As Python 3's own unpickler reads them."""
-    value = [
-        world()[2].reference(),
-        {"long": "x" * 700, "n": -3, "f": 1.5, "t": (1, None, True), "big": 10**30},
-    ]
+    """Our reader agrees with Python 3's unpickler."""
+    scalars = {"long": "x" * 700, "n": -3, "f": 1.5, "t": (1, None, True), "big": 10**30}
+    value = [world()[2].reference(), scalars]
     content = as_python2(pickle.dumps(value, protocol))
     assert (b"U" in content or b"S'" in content) and loads_pickle(content) == pickle.loads(content) == value
 
@@ -116,11 +114,8 @@ def test_lmms_rows_become_records(tmp_path):
     save_lmms(tmp_path, refs, shards=2)
     source, index = opened(tmp_path, None)
     assert source.variant == "lmms" and any("8,811" in note for note in source.notes)
-    assert {entry.split: entry.picture for entry in index.entries} == {
-        "testA": "coco:30",
-        "testB": "coco:40",
-        "val": "coco:20",
-    }
+    pictures = {entry.split: entry.picture for entry in index.entries}
+    assert pictures == {"testA": "coco:30", "testB": "coco:40", "val": "coco:20"}
     assert [e.id for e in index.entries if e.split == "testB"] == ["row1_sent0", "row1_sent1"]
     record = next(r for r in all_records(source, index) if r.extra["file_name"] == refs[0].file_name)
     assert record.box == (10.0, 10.0, 60.0, 44.0)
@@ -170,7 +165,7 @@ def test_jxu_test_split_is_testa_except_for_refcocog(tmp_path, images):
 
 
 def test_dataset_folder_is_found(tmp_path, images):
-    """The layout of lichengunc/refer: one folder a data set, images beside them."""
+    """The layout of lichengunc/refer: a folder per data set, and the images beside them."""
     root = tmp_path / "refer"
     save_refer(root / "refcoco", world(), "google")
     save_refer(root / "refcoco", world(), "unc")
@@ -195,7 +190,7 @@ def test_coco_2017_images_are_found(tmp_path, images, names):
 
 
 def test_official_counts_add_up():
-    """References and expressions of whole data sets are published on their own."""
+    """To the published totals of each data set."""
     for dataset, total in {
         "refcoco": Counts(50_000, 142_210),
         "refcoco+": Counts(49_856, 141_564),
@@ -203,6 +198,11 @@ def test_official_counts_add_up():
     }.items():
         parts = [counts for (name, _), counts in OFFICIAL_COUNTS.items() if name == dataset]
         assert Counts(sum(c.references for c in parts), sum(c.expressions for c in parts)) == total
+
+
+def write_refs(folder, refs):
+    """The sample data with these references, as dicts."""
+    save_refer(folder, world()).write_bytes(pickle.dumps(refs, 2))
 
 
 BAD_REFS = {
@@ -222,20 +222,18 @@ BAD_REFS = {
 @pytest.mark.parametrize("change", BAD_REFS.values(), ids=BAD_REFS)
 def test_invalid_reference_loses_only_itself(tmp_path, images, change):
     good, bad = world()[0].reference(), {**world()[1].reference(), **change}
-    path = save_refer(tmp_path, world())
-    path.write_bytes(pickle.dumps([bad, good], 2))
+    write_refs(tmp_path, [bad, good])
     _, index = opened(tmp_path, images)
     assert {entry.row for entry in index.entries} == {1}
     assert [entry.line for entry in index.failures] == [1]
 
 
 def test_invalid_sentence_loses_only_itself(tmp_path, images):
-    """As LISA's reader and lmms-eval have it."""
+    """As in LISA's reader and lmms-eval."""
     bad = world()[0].reference()
     bad["sentences"][1] = {"sent_id": 1, "sent": " ", "raw": ""}
     bad["sentences"].append("abc")
-    path = save_refer(tmp_path, world())
-    path.write_bytes(pickle.dumps([bad], 2))
+    write_refs(tmp_path, [bad])
     source, index = opened(tmp_path, images)
     assert [entry.id for entry in index.entries] == ["ref0_sent0", "ref0_sent2"]
     assert [(one.line, one.id, one.split) for one in index.failures] == [
@@ -279,12 +277,11 @@ def test_invalid_annotation_loses_only_itself(tmp_path, images, bad):
 
 
 def test_missing_or_mismatched_annotation_is_reported(tmp_path, images):
-    path = save_refer(tmp_path, world()[:3])
     refs = [ref.reference() for ref in world()[:3]]
-    refs[0]["ann_id"] = 5  # there is none
-    refs[1]["image_id"] = 3  # another image's
+    refs[0]["ann_id"] = 5  # does not exist
+    refs[1]["image_id"] = 3  # of another image
     refs[2]["ann_id"] = "x"
-    path.write_bytes(pickle.dumps(refs, 2))
+    write_refs(tmp_path, refs)
     source, index = opened(tmp_path, images)
     reasons = [record.reason for record in all_records(source, index)]
     assert "no such annotation" in reasons[0] and "another image" in reasons[1] and "no such" in reasons[2]
@@ -299,7 +296,7 @@ def test_hostile_refs_are_rejected(tmp_path, images):
 
 
 def test_refs_bomb_is_rejected(tmp_path, images):
-    """A list of 60 times the same list of 60 times the same list: 13,000,000 values in 500 bytes."""
+    """Four levels of lists with 60 references to the next: 13,000,000 values in 500 bytes."""
     levels = b"".join(b"](" + (b"h" + bytes([n])) * 60 + b"eq" + bytes([n + 1]) for n in range(4))
     path = save_refer(tmp_path, world())
     path.write_bytes(b"\x80\x02(]q\x00" + levels + b"l.")
@@ -331,7 +328,7 @@ BAD_JXU = {
 
 
 def test_file_names_in_parquet_are_not_used(tmp_path, images):
-    """`file_name` and `image_path` of a stranger are not used: the image is COCO's of `image_id`."""
+    """Only `image_id` determines the image, not the untrusted `file_name` and `image_path`."""
     row = {**jxu_row(world()[0]), "file_name": "../../../etc/passwd", "image_path": "/etc/passwd"}
     row["raw_image_info"] = json.dumps({**world()[0].image(), "file_name": "../../../etc/passwd"})
     save_rows(tmp_path / "train-00000-of-00001.parquet", [row], JXU)
@@ -380,13 +377,13 @@ def test_parquet_over_the_limits_is_rejected(tmp_path, monkeypatch):
 
 
 def test_parquet_with_negative_sizes_is_rejected(tmp_path):
-    """They would make up for the size of another column."""
+    """They could compensate for the size of another column."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": range(60)}), path, use_dictionary=False, compression="none")
     content = path.read_bytes()
-    sixty = b"\x16\x78"  # as a 64-bit number, in the footer: rows, values, rows of the group
+    sixty = b"\x16\x78"  # 60 as a varint, in the footer: rows, values, rows of the group
     *head, rows, values, group = content.split(sixty)
-    # older versions of pyarrow write the column's part of the footer before it as well
+    # older versions of pyarrow also write the column metadata before the footer
     assert len(head) in (1, 2)
     path.write_bytes(sixty.join([*head, rows]) + b"\x16\x77" + values + sixty + group)
     with pytest.raises(UsageError, match="row group 0 has sizes below 0"):
@@ -394,7 +391,7 @@ def test_parquet_with_negative_sizes_is_rejected(tmp_path):
 
 
 def bombs(folder):
-    """Small files whose cells come to gigabytes, each with the column to read."""
+    """Small files whose cells expand to gigabytes."""
     once = pa.DictionaryArray.from_arrays(pa.array(np.zeros(5000, "i4")), ["a" * (1 << 20)])
     row = pa.ListArray.from_arrays(pa.array([0, 5000], "i4"), once)
     parts = pa.StructArray.from_arrays([row, pa.array([1])], ["tokens", "sent_id"])
@@ -439,32 +436,29 @@ def test_parquet_that_expands_beyond_the_limit_is_rejected(tmp_path):
     files = list(map(str, bombs(tmp_path)))
     done = subprocess.run([sys.executable, "-c", READ_BOMBS, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first_rows = {
-        "read a text in every row 1",
-        "read rows without end 1",
-    }  # which come to no more than others
-    assert set(done.stdout.splitlines()) == first_rows
+    # A single row of these is small.
+    assert set(done.stdout.splitlines()) == {"read a text in every row 1", "read rows without end 1"}
 
 
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
         ({3: b"\xfe\xff\xff\x7f"}, "far more than the file"),  # 134 MB
-        ({3: b"\xff\xff\xff\x7f"}, "without a readable header"),  # less than nothing
-        ({0: b"\x00"}, "without a readable header"),  # a header that ends where it begins
+        ({3: b"\xff\xff\xff\x7f"}, "without a readable header"),  # a negative size
+        ({0: b"\x00"}, "without a readable header"),  # an empty header
     ],
 )
 def test_page_with_a_false_size_is_rejected(lie, message, tmp_path):
-    """The footer is honest; the header of the page does not say 32 MB, in as many bytes."""
+    """The footer is correct, but the page header claims another size than 32 MB, in the same number of bytes."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": [bytes(1 << 25)]}), path, compression="zstd", use_dictionary=False)
     assert len(list(parquet.read_columns(path, ["x"]))) == 1
     content = bytearray(path.read_bytes())
     start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
-    size = content[start + 3 : start + 7]  # after the field of the type, its value and the field of the size
+    size = content[start + 3 : start + 7]  # after the page type (field and value) and the field of the size
     assert all(byte > 127 for byte in size[:3]) and size[3] < 128
-    for place, told in lie.items():
-        content[start + place : start + place + len(told)] = told
+    for offset, value in lie.items():
+        content[start + offset : start + offset + len(value)] = value
     path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
         list(parquet.read_columns(path, ["x"]))
@@ -487,7 +481,7 @@ def test_page_sizes_cover_every_page(version, compression, tmp_path):
 
 
 PAGE = bytes([0x15, 0, 0x15, 100, 0x15, 2, 0])
-"""The header of a page of type 0 that says 50 bytes unpacked and 1 as stored."""
+"""A page header: type 0, 50 bytes uncompressed, 1 byte compressed."""
 
 
 @pytest.mark.parametrize(
@@ -512,12 +506,12 @@ PAGE = bytes([0x15, 0, 0x15, 100, 0x15, 2, 0])
     ids=lambda value: value[:12].hex() if isinstance(value, bytes) else str(value),
 )
 def test_page_headers_are_unambiguous_or_rejected(header, sizes):
-    """Two equal pages of one byte each; a header with two readings has none."""
+    """Two equal pages of one byte each. An ambiguous header is rejected."""
     file = io.BytesIO((header + b"x") * 2 if isinstance(sizes, list) else header)
     length = len(file.getvalue()) or 1
     if isinstance(sizes, list):
         assert list(page_sizes(file, 0, length)) == sizes
-        assert list(page_sizes(file, 0, len(header) + 1)) == sizes  # the next is in the slack
+        assert list(page_sizes(file, 0, len(header) + 1)) == sizes  # the next page is in the trailing bytes
         assert list(page_sizes(file, 0, 0)) == sizes
     else:
         with pytest.raises(UnreadablePageError):

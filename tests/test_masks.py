@@ -1,4 +1,4 @@
-"""Masks: agreement with pycocotools on good ones, refusal of hostile ones."""
+"""Masks: valid ones agree with pycocotools, hostile ones are rejected."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, ma
 
 @given(masks)
 def test_rle_round_trip(mask):
-    runs = encode_mask(mask)
-    assert runs["size"] == list(mask.shape)
-    assert isinstance(runs["counts"], str)
-    np.testing.assert_array_equal(read_mask(runs, mask.shape[::-1]), mask)
-    np.testing.assert_array_equal(coco.decode(runs).astype(bool), mask)
+    rle = encode_mask(mask)
+    assert rle["size"] == list(mask.shape)
+    assert isinstance(rle["counts"], str)
+    np.testing.assert_array_equal(read_mask(rle, mask.shape[::-1]), mask)
+    np.testing.assert_array_equal(coco.decode(rle).astype(bool), mask)
 
 
 @given(masks)
@@ -48,7 +48,6 @@ def test_rle_round_trip_at_extreme_sizes(shape):
     [
         {"size": [3, 4], "counts": ""},
         {"size": [3, 4], "counts": "zzzzzzzz"},
-        {"size": [3, 4], "counts": "<"},
         {"size": [3, 4], "counts": "=0"},
         {"size": [3, 4], "counts": "o" * 1000},
         {"size": [3, 4], "counts": "ooooooooooooO"},
@@ -69,12 +68,9 @@ def test_rle_round_trip_at_extreme_sizes(shape):
         {"counts": "<"},
     ],
 )
-def test_invalid_rle_is_rejected(runs):
-    if runs == {"size": [3, 4], "counts": "<"}:  # chr(48 + 12): one run of 12
-        assert not read_mask(runs, (4, 3)).any()
-        return
+def test_invalid_rle_is_rejected(rle):
     with pytest.raises(MaskError):
-        read_mask(runs, (4, 3))
+        read_mask(rle, (4, 3))
 
 
 @given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=60))
@@ -106,16 +102,13 @@ def test_polygons_are_rasterised(polygons):
 
 
 def test_merged_masks_are_the_union():
-    """Run lengths, polygons and a PNG: what is in any of them; polygons alone stay polygons."""
-    runs, left, right = (
-        encode_mask(np.eye(4, 6, dtype=bool)),
-        [[0, 0, 2, 0, 2, 2, 0, 2]],
-        [4, 1, 6, 1, 6, 3, 4, 3],
-    )
+    """RLE and polygons; polygons alone stay polygons."""
+    rle = encode_mask(np.eye(4, 6, dtype=bool))
+    left, right = [[0, 0, 2, 0, 2, 2, 0, 2]], [4, 1, 6, 1, 6, 3, 4, 3]
     both = merge_masks([left, right])
     assert both == [*left, right]
     expected = read_mask(left, (6, 4)) | read_mask([right], (6, 4)) | np.eye(4, 6, dtype=bool)
-    together = merge_masks([runs, left, [right]])
+    together = merge_masks([rle, left, [right]])
     assert (read_mask(together, (6, 4)) == expected).all()
     assert (read_mask(encode_mask_source(together, (6, 4)), (6, 4)) == expected).all()
     for count in (0, 101):
@@ -125,13 +118,8 @@ def test_merged_masks_are_the_union():
         read_mask(together, (5, 4))
 
 
-def test_several_polygons_are_united():
-    mask = read_mask([[0, 0, 2, 0, 2, 2, 0, 2], [3, 3, 6, 3, 6, 5, 3, 5]], (6, 5))
-    assert mask.sum() == 4 + 6
-
-
-def test_thousands_of_polygons_are_united_quickly():
-    """Joined one after the other, these took half a minute."""
+def test_polygons_are_united_quickly():
+    """Merged one by one, these took half a minute."""
     y, x = np.divmod(np.arange(9900) * 7, 100)
     boxes = [[45 * int(i), int(j), 45 * int(i) + 45, int(j) + 1] for i, j in zip(x, y, strict=True)]
     expected = np.zeros((700, 4500), bool)
@@ -172,7 +160,7 @@ def test_nonzero_pixels_of_a_png_are_the_mask(mode, tmp_path):
     path = tmp_path / "mask.png"
     if mode == "P":
         image = Image.new("P", (4, 3))
-        image.putpalette([255, 255, 255, 0, 0, 0])  # index 0 is outside, whatever its colour
+        image.putpalette([255, 255, 255, 0, 0, 0])  # index 0 is background whatever its colour
         image.putpixel((2, 1), 1)
     elif mode == "I;16":
         image = Image.fromarray(expected.astype(np.uint16))

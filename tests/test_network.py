@@ -1,4 +1,4 @@
-"""Proxies and certificates that nothing can be fetched with: named where a download needs them, and only there."""
+"""Proxy and certificate settings that prevent every connection are named, but only if a download needs them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,17 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=SETTINGS)
-def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What is to be said of one bad setting, which stands alone in the environment, with the hub switched on."""
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without proxy and certificate settings."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.startswith("SSL"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(params=SETTINGS)
+def message(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The expected message about a bad setting, which is made here; the hub is not in offline mode."""
     value, message = SETTINGS[request.param]
     monkeypatch.setenv(request.param, value)
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
@@ -45,16 +50,16 @@ def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     sources.hub_unreachable_reason.cache_clear()
 
 
-def test_bad_setting_is_named_when_an_image_is_downloaded(said: str) -> None:
-    """Exclusions and the proxy of another protocol do not stand in an image's way."""
-    unused = "no_proxy" in said.lower() or "HTTP_PROXY" in said
-    with pytest.raises(DownloadError, match="cannot be reached" if unused else said) as caught:
+def test_bad_setting_is_named_when_an_image_is_downloaded(message: str) -> None:
+    """no_proxy and the proxy of another scheme do not matter for a single image."""
+    unused = "no_proxy" in message.lower() or "HTTP_PROXY" in message
+    with pytest.raises(DownloadError, match="cannot be reached" if unused else message) as caught:
         download(Address("https://93.184.215.14/a.png"))
     assert "secret" not in str(caught.value)
 
 
 def test_bad_setting_is_named_when_the_hub_is_needed(
-    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for work in (
@@ -62,14 +67,14 @@ def test_bad_setting_is_named_when_the_hub_is_needed(
         lambda: lh.load_heads("nobody-at-all/no-such-heads"),
         lambda: load_checkpoint(FAMILIES["sam"], "nobody-at-all/no-such-sam"),
     ):
-        with pytest.raises(WorkError, match=said) as caught:
+        with pytest.raises(WorkError, match=message) as caught:
             work()
         assert "secret" not in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 def test_cached_model_and_local_folder_need_no_network(
-    said: str, tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+    message: str, tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert client_problem()
     snapshot = tmp_path / "models--me--my-llava" / "snapshots" / ("a" * 40)
@@ -82,9 +87,6 @@ def test_cached_model_and_local_folder_need_no_network(
 
 
 def test_valid_settings_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("SSL"):
-            monkeypatch.delenv(name)
     monkeypatch.setenv("no_proxy", "localhost,127.0.0.1,::1,.example.org,fe80::1,*.local,,10.0.0.0/8")
     monkeypatch.setenv("https_proxy", "host:3128")
     assert client_problem() is None

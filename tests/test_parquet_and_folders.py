@@ -1,4 +1,4 @@
-"""Tables and whole folders on disk: what is read back, and what is left when writing fails."""
+"""Parquet tables and atomically replaced folders: round trips, and what remains after a failure."""
 
 from __future__ import annotations
 

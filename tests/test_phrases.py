@@ -1,4 +1,4 @@
-"""Several objects from one query: the phrases, and what `ground` makes of them."""
+"""Queries that name several objects: their phrases, and how `ground` handles them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from localization_heads.figures import DetectedObject
         ("the dog; the cat", ["the dog", "the cat"]),
         (" the dog ;; the  red cat; ", ["the dog", "the red cat"]),
         ("the dog; The Dog; a cat", ["the dog", "a cat"]),
-        ("the  dog", ["the  dog"]),  # a query without ; stays as it is, to the last blank
+        ("the  dog", ["the  dog"]),  # without ; the query is unchanged, whitespace included
         (";", [";"]),
         ("the dog;", ["the dog"]),
     ],
@@ -35,7 +35,7 @@ def test_query_is_split_at_semicolons(query: str, found: list[str]) -> None:
 
 
 def parsed(words: str, pos: str, heads: list[int], deps: str) -> Any:
-    """A text as a parser would have parsed it."""
+    """A parsed text, without a parser."""
     spacy = pytest.importorskip("spacy")
     from spacy.tokens import Doc
 
@@ -44,7 +44,6 @@ def parsed(words: str, pos: str, heads: list[int], deps: str) -> Any:
 
 
 def test_pronouns_are_not_noun_phrases() -> None:
-    """Two objects, and a pronoun that names none."""
     doc = parsed(
         "It shows a brown dog and the cat", "PRON VERB DET ADJ NOUN CCONJ DET NOUN", [1, 1, 4, 4, 1, 4, 7, 4],
         "nsubj ROOT det amod dobj cc det conj",
@@ -132,7 +131,7 @@ def test_phrases_in_a_data_file(front: Front) -> None:
     data = write_lines(front.folder / "data.jsonl", entries)
     options = ("stage=ground", f"data_file={data}", "visualize_limit=1", "batch_size=2")
     result = front.finder(*options)
-    assert result.status == 1  # c's second phrase cannot be named
+    assert result.status == 1  # the id c_2 of c's second phrase is taken
     assert "phrases.by=whole" in result.out
     lines = front.lines()
     assert [line["id"] for line in lines] == ["a_1", "a_2", "b", "c_2", "c"]

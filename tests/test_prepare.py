@@ -1,4 +1,4 @@
-"""`stage=prepare` as a user runs it: files, samples, images, leakage, and that `evaluate` works on what it wrote."""
+"""`stage=prepare` from the command line: data files, sampling, images, leakage, protocols, and their evaluation."""
 
 from __future__ import annotations
 
@@ -63,6 +63,15 @@ def lines(name):
     return read_lines(OUT / name)
 
 
+def corners(low, high):
+    return (low, low), (high, low), (high, high), (low, high)
+
+
+def write_refs(refs):
+    """Replace the references by these dicts."""
+    Path("refer/refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+
+
 def test_val_is_written_in_full_and_can_be_evaluated(front):
     result = prepared(front)
     assert result.status == 0 and "2 expressions for 1 references" in result.out
@@ -80,7 +89,7 @@ def test_val_is_written_in_full_and_can_be_evaluated(front):
 
 
 def test_boxes_that_are_not_in_pixels_are_rejected(front):
-    """Here from 0 to 1, in images of 64 x 48 pixels."""
+    """Here they are from 0 to 1."""
     refs = [replace(ref, bbox=(0.1, 0.2, 0.3, 0.4)) for ref in world()]
     save_refer(Path("refer/refcoco"), refs)
     result = prepared(front)
@@ -91,10 +100,10 @@ def test_boxes_that_are_not_in_pixels_are_rejected(front):
 
 def test_metadata_records_the_source_files(front):
     prepared(front, "split=train", "num_samples=5", "random_seed=7")
-    record = json.loads((OUT / "refcoco-train-5-seed7.json").read_text())
-    assert record["num_samples"] == 5 and record["random_seed"] == 7 and record["split"] == "train"
-    assert (record["expressions"], record["failed"], record["excluded"]) == (5, 0, 0)
-    for file, source in zip(record["files"], ("refs(unc).p", "instances.json"), strict=True):
+    metadata = json.loads((OUT / "refcoco-train-5-seed7.json").read_text())
+    assert metadata["num_samples"] == 5 and metadata["random_seed"] == 7 and metadata["split"] == "train"
+    assert (metadata["expressions"], metadata["failed"], metadata["excluded"]) == (5, 0, 0)
+    for file, source in zip(metadata["files"], ("refs(unc).p", "instances.json"), strict=True):
         content = (Path("refer/refcoco") / source).read_bytes()
         assert file == {"name": source, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -188,7 +197,6 @@ def test_oversized_image_is_not_decoded(front, monkeypatch):
 
 
 def test_reasonseg_keeps_ignored_pixels(front):
-    corners = lambda a, b: ((a, a), (b, a), (b, b), (a, b))  # noqa: E731
     shapes = [shape("target", *corners(2, 40)), shape("ignore", *corners(10, 20))]
     save_lisa(Path("rs/val"), "one", {"text": ["what is wet?"], "is_sentence": True, "shapes": shapes})
     assert prepared(front, dataset="reasonseg", path="rs").status == 0
@@ -200,7 +208,7 @@ def test_reasonseg_keeps_ignored_pixels(front):
 
 
 def test_ignored_pixels_are_not_scored(front):
-    """Everything but the box that is predicted is ignored, so the predicted mask is wholly right or empty."""
+    """If every pixel outside the prediction is ignored, the mask is entirely correct."""
     image, size = Path("train2014/COCO_train2014_000000000001.jpg"), (64, 48)
     everything = {"size": [48, 64], "counts": [0, 48 * 64]}
     line = {"id": "a", "prompt": "the lady", "image_path": str(image), "mask": everything}
@@ -230,7 +238,7 @@ def test_reasonseg_parquet_is_written(front):
 
 
 def test_training_sample_that_shares_evaluation_images_is_refused(front):
-    """As in the google partition, which splits objects and not images."""
+    """As in the google partition, which splits objects rather than images."""
     save_refer(Path("g"), [*world(), Ref(50, 1, "val", ("her hat",))], "google")
     result = prepared(front, "split=train", path="g")
     assert result.status == 2 and "1 of refcoco val" in result.err and "allow_leakage=true" in result.err
@@ -241,7 +249,7 @@ def test_training_sample_that_shares_evaluation_images_is_refused(front):
 
 
 def test_images_of_a_prepared_benchmark_are_refused_or_excluded(front):
-    """RefCOCOg evaluates images of RefCOCO's training split."""
+    """RefCOCOg's evaluation splits contain training images of RefCOCO."""
     save_refer(
         Path("refer/refcocog"), [Ref(0, 1, "val", ("a lady",)), Ref(1, 5, "test", ("a thing",))], "umd"
     )
@@ -264,7 +272,7 @@ def test_exclude_takes_one_prepared_file(front):
     result = prepared(front, "split=train", "exclude=own.jsonl")
     assert result.status == 2 and "own.jsonl: line 1 names no image" in result.err
     assert prepared(front, "split=train", "exclude=gone.jsonl").status == 2
-    assert prepared(front, "exclude=[outputs/datasets/refcoco-val.jsonl]").status == 2  # leaves nothing
+    assert prepared(front, "exclude=[outputs/datasets/refcoco-val.jsonl]").status == 2  # nothing remains
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +282,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def discovered(front, kept):
-    """Heads found on a prepared training sample: once, and copied for each test."""
+    """Heads found on a prepared training sample, once for all tests and copied for each."""
     if not kept.exists():
         prepared(front, "split=train", "num_samples=4")
         front.finder("stage=find", f"data_file={OUT}/refcoco-train-4-seed42.jsonl", "num_samples=4")
@@ -306,7 +314,7 @@ def test_experiments_refuse_images_the_heads_were_found_on(discovered, monkeypat
     data = f"data_file={OUT}/refcoco-train-4-seed42.jsonl"
     rung = ("stage=experiment", "experiment=ladder", "rung=fixed", "k=1", data)
     named = f"heads={discovered.out}/heads.json"
-    fig3 = discovered.finder("stage=experiment", "experiment=fig3", data, named)  # looks at no truth
+    fig3 = discovered.finder("stage=experiment", "experiment=fig3", data, named)  # uses no ground truth
     assert fig3.status == 0
     # A model without published heads: heads=auto takes its latest heads.json.
     monkeypatch.setattr(stages_run, "find_spec", lambda name: replace(find_spec(name), heads=(), lists=()))
@@ -333,7 +341,7 @@ def test_leakage_is_checked_by_file_content(discovered):
         path.write_text(json.dumps({**content, "pictures": images}))
         result = evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl")
         assert result.status == 2 and "'pictures' must be a list" in result.err
-    del content["pictures"]  # as before there were any
+    del content["pictures"]  # as in files of earlier versions
     path.write_text(json.dumps(content))
     assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl").status == 0
 
@@ -358,53 +366,43 @@ def test_image_keys_identify_copies(tmp_path):
 # --- wrong use -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["dataset=refcoco"], "dataset_path"),
-        (["dataset_path=refer"], "dataset="),
-        (["dataset=coco", "dataset_path=refer"], "choose one of refcoco, refcoco+"),
-        (["dataset=refcoco", "dataset_path=gone", "images=train2014"], "dataset_path=gone: no such file"),
-        (["dataset=refcoco", "dataset_path=refer"], "images= is missing"),
-        (
-            ["dataset=refcoco", "dataset_path=refer", "images=train2014", "split=test"],
-            "dataset_path has train (18 expressions)",
-        ),
-        (["dataset=refcoco", "dataset_path=refer", "images=train2014", "split=dev"], "split=dev"),
-        (["dataset=refcoco", "dataset_path=train2014", "images=train2014"], "found COCO_train2014"),
-        (["dataset=reasonseg", "dataset_path=refer/refcoco"], "LISA's folders"),
-        (
-            ["dataset=refcocog", "dataset_path=refer/refcoco", "images=train2014", "split=testB"],
-            "not the partition",
-        ),
-        (["dataset=refcoco", "dataset_path=refer", "images=train2014", "exclude=[1,2]"], "exclude"),
-        (
-            ["dataset=refcoco", "dataset_path=train2014/COCO_train2014_000000000001.jpg", "images=train2014"],
-            "must be a .parquet",
-        ),
-        (["dataset=reasonseg", "dataset_path=refer", "protocol=lmms"], "it joins expressions of refcoco"),
-        (
-            ["dataset=refcoco", "dataset_path=refer", "protocol=lmms", "sentence=first"],
-            "protocol=lmms joins all of an object",
-        ),
-    ],
-)
-def test_usage_errors_are_one_line(front, options, words):
-    result = front.finder("stage=prepare", *options)
-    assert words in result.err and "Traceback" not in result.err
-    assert result.status == (0 if "refcocog" in options[0] else 2)
+REFCOCO = "dataset=refcoco dataset_path=refer"
+USAGE_ERRORS = {
+    "dataset=refcoco": "dataset_path",
+    "dataset_path=refer": "dataset=",
+    "dataset=coco dataset_path=refer": "choose one of refcoco, refcoco+",
+    "dataset=refcoco dataset_path=gone images=train2014": "dataset_path=gone: no such file",
+    REFCOCO: "images= is missing",
+    f"{REFCOCO} images=train2014 split=test": "dataset_path has train (18 expressions)",
+    f"{REFCOCO} images=train2014 split=dev": "split=dev",
+    f"{REFCOCO} images=train2014 exclude=[1,2]": "exclude",
+    "dataset=refcoco dataset_path=train2014 images=train2014": "found COCO_train2014",
+    "dataset=refcoco dataset_path=train2014/COCO_train2014_000000000001.jpg images=train2014": "must be a .parquet",
+    "dataset=reasonseg dataset_path=refer/refcoco": "LISA's folders",
+    "dataset=reasonseg dataset_path=refer protocol=lmms": "it joins expressions of refcoco",
+    f"{REFCOCO} protocol=lmms sentence=first": "protocol=lmms joins all of an object",
+}
+
+
+@pytest.mark.parametrize(("options", "message"), USAGE_ERRORS.items())
+def test_usage_errors_are_one_line(front, options, message):
+    result = front.finder("stage=prepare", *options.split())
+    assert result.status == 2 and message in result.err and "Traceback" not in result.err
+
+
+def test_unusual_partition_is_noted(front):
+    result = prepared(front, "split=testB", dataset="refcocog", path="refer/refcoco")
+    assert result.status == 0 and "not the partition" in result.err
 
 
 def test_source_without_references_is_reported(front):
-    Path("refer/refcoco/refs(unc).p").write_bytes(pickle.dumps([]))
+    write_refs([])
     result = prepared(front)
     assert result.status == 2 and "error: dataset_path=refer: it holds no reference" in result.err
 
 
 def test_duplicate_split_is_rejected(front):
-    path = Path("refer/refcoco/refs(unc).p")
-    refs = [ref.reference() for ref in world()]
-    path.write_bytes(pickle.dumps(refs * 2, 2))
+    write_refs([ref.reference() for ref in world()] * 2)
     result = prepared(front)
     assert result.status == 2 and "twice: ref10_sent100" in result.err
 
@@ -425,25 +423,24 @@ def test_failed_write_keeps_the_old_file(front, monkeypatch):
 
 
 def test_failures_of_the_written_split_are_reported(front):
-    path = Path("refer/refcoco/refs(unc).p")
     refs = [ref.reference() for ref in world()]
     refs[0]["sentences"][0] = {"sent_id": 0, "sent": "", "raw": ""}
     refs[1]["sentences"] = []
-    path.write_bytes(pickle.dumps(refs, 2))
+    write_refs(refs)
     result = prepared(front)
     assert result.status == 0 and "could not be used" not in result.out
     result = prepared(front, "split=train")
     assert result.status == 1 and "2 expressions could not be used, for 2 reasons" in result.out
     assert [line["ref_id"] for line in lines("refcoco-train-1000-seed42.jsonl")].count(0) == 2
     refs[9]["sentences"][0]["sent"] = refs[9]["sentences"][0]["raw"] = " "
-    path.write_bytes(pickle.dumps(refs, 2))
+    write_refs(refs)
     assert prepared(front).status == 1 and [one["prompt"] for one in lines("refcoco-val.jsonl")] == ["vase"]
 
 
 def test_unreadable_split_is_reported(front):
     refs = [ref.reference() for ref in world()]
     refs[9]["sentences"] = []
-    Path("refer/refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+    write_refs(refs)
     result = prepared(front)
     assert result.status == 1 and "no row of val could be read" in result.err
 
@@ -462,8 +459,8 @@ def test_refcoco_protocols(front, options, name, prompts, protocol):
     written = lines(f"{name}.jsonl")
     assert [line["prompt"] for line in written] == prompts
     assert {line["protocol"] for line in written} == {protocol}
-    record = json.loads((OUT / f"{name}.json").read_text())
-    assert record["protocol"] == protocol and record["expressions"] == len(prompts)
+    metadata = json.loads((OUT / f"{name}.json").read_text())
+    assert metadata["protocol"] == protocol and metadata["expressions"] == len(prompts)
     if protocol == "lmms":
         assert written[0]["id"] == "ref10_joined"
         result = front.finder(*EVALUATE, f"data_file={OUT}/{name}.jsonl")
@@ -473,7 +470,6 @@ def test_refcoco_protocols(front, options, name, prompts, protocol):
 
 
 def test_empty_target_is_scored_by_the_protocol(front):
-    corners = lambda a, b: ((a, a), (b, a), (b, b), (a, b))  # noqa: E731
     for name, label in (("full", "target"), ("none", "ignore")):
         content = {"text": ["what?"], "is_sentence": True, "shapes": [shape(label, *corners(2, 40))]}
         save_lisa(Path("rs/val"), name, content)
@@ -483,12 +479,9 @@ def test_empty_target_is_scored_by_the_protocol(front):
     data = (*EVALUATE, f"data_file={OUT}/reasonseg-val.jsonl")
     assert front.finder(*data).status == 0
     metrics = front.json("metrics.json")
-    found, single = metrics["protocol"], metrics["giou"]
-    assert (
-        metrics["num_masks"] == 1
-        and found["giou[empty]"] == 0.0
-        and found["giou"] == pytest.approx(single / 2)
-    )
+    scores = metrics["protocol"]
+    assert metrics["num_masks"] == 1 and scores["giou[empty]"] == 0.0
+    assert scores["giou"] == pytest.approx(metrics["giou"] / 2)
 
 
 def test_overlap_with_an_empty_target():
@@ -504,7 +497,7 @@ def test_overlap_with_an_empty_target():
 
 
 def test_overlap_with_all_targets():
-    """Two boxes and the union of their masks, of which one and something else were found; by hand."""
+    """By hand: of two targets, one is found, and one pixel is wrong."""
     left, right, off = np.zeros((3, 4, 6), bool)
     left[:2, :2], right[2:, 4:], off[0, 5] = True, True, True
     found = [SimpleNamespace(absent=False, mask=mask, image_size=(6, 4)) for mask in (left, off)]

@@ -1,4 +1,4 @@
-"""Data sets: good lines become samples, every kind of bad line becomes a reason with its number."""
+"""Data files: valid lines become samples, and every kind of invalid line an error with its line number."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from localization_heads.errors import BadLineError, UsageError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with `images/cat.png`, and `sets/` with an image of its own."""
+    """A working directory with `images/cat.png`, and a folder `sets/` with other images."""
     for name in ("images/cat.png", "sets/dog.png", "sets/images/cat.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 3)).save(tmp_path / name)
@@ -52,10 +52,11 @@ def write(folder, *lines, name="sets/data.jsonl"):
 
 
 def test_minimal_line_becomes_a_sample(folder):
-    path = write(
-        folder, '{"id": "example_1", "prompt": "What is in this image?", "image_path": "images/cat.png"}'
+    loaded = load_samples(
+        write(
+            folder, '{"id": "example_1", "prompt": "What is in this image?", "image_path": "images/cat.png"}'
+        )
     )
-    loaded = load_samples(path)
     assert loaded.bad == []
     assert loaded.entries == [
         Sample(image=Path("images/cat.png"), expression="What is in this image?", id="example_1", line=1)
@@ -179,33 +180,13 @@ BAD_LINES = [
         r"^'ftp://.../example.org/a.png' is neither a path nor",
     ),
     (line(image_path="\ud800"), "Unicode"),
-    (line(id="../x"), "separator|dot"),
-    (line(id="a/b"), "separator"),
-    (line(id="a\\b"), "separator"),
-    (line(id="/etc/passwd"), "separator"),
-    (line(id=".."), "dot"),
+    (line(id="../x"), "separator|dot"),  # other ids: test_store.py
     (line(id=""), "empty"),
-    (line(id="a\0"), "control"),
-    (line(id="\ud800"), "control"),
-    (line(id="a" * 300), "longer than"),
     (line(id=True), "'id' must be"),
     (line(id=["a"]), "'id' must be"),
-    (line(bbox=[1, 2, 3]), "'bbox'"),
-    (line(bbox=[1, 2, 3, 4, 5]), "'bbox'"),
-    (line(bbox="1 2 3 4"), "'bbox'"),
-    (line(bbox={"x": 1}), "'bbox'"),
-    (line(bbox=[3, 0, 3, 4]), "'bbox' is empty: x1 = 3 is not above x0 = 3"),
-    (line(bbox=[0, 4, 3, 1]), "'bbox' has its corners swapped: y1 = 1 is not above y0 = 4"),
-    (line(bbox=[[0] * 4] * 4), "four numbers in pixels, not list"),
+    (line(bbox=[1, 2, 3]), "'bbox' has length 3"),  # other boxes: test_sample_rejects_invalid_boxes
     ('{"bbox": ' + "[" * 900 + "]" * 900 + ", " + line()[1:], "'bbox' has length 1"),
-    (line(bbox=[0, 0, True, True]), "'bbox'"),
-    (line(bbox=[0, 0, "3", 4]), "'bbox'"),
     (line(bbox=[0, 0, 10**400, 4]), "'bbox'"),
-    (line(bbox=[0, 0, 1e300, 4]), "'bbox'"),
-    (
-        '{"id": "a", "prompt": "x", "image_path": "images/cat.png", "bbox": [0, 0, 1e999, 1]}',
-        "1e999 is too large",
-    ),
     (line(absent=1), "'absent' must be true or false"),
     (line(absent=True, bbox=[0, 0, 1, 1]), "'absent' is true but there is 'bbox'"),
     (line(absent=True, mask=[[0, 0, 4, 0, 4, 3]]), "'absent' is true but there is 'mask'"),
@@ -234,11 +215,8 @@ def test_invalid_line_is_reported_and_the_others_are_read(bad, message, folder):
     loaded = load_samples(write(folder, line(id="first"), "", bad, line(id="last")))
     assert [sample.id for sample in loaded.entries] == ["first", "last"]
     (entry,) = loaded.bad
-    assert entry.line == 3
-    assert re.search(message, entry.reason), entry.reason
-    assert str(entry).startswith("line 3")
-    assert str(entry).isprintable()
-    assert len(entry.reason) < 500
+    assert entry.line == 3 and str(entry).startswith("line 3") and str(entry).isprintable()
+    assert re.search(message, entry.reason) and len(entry.reason) < 500, entry.reason
 
 
 def test_overlong_line_is_skipped(folder):
@@ -252,21 +230,13 @@ def test_overlong_line_is_skipped(folder):
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \r\n"])
-def test_empty_data_file_is_rejected(content, folder):
-    for load in (load_samples, load_visualization_entries):
-        with pytest.raises(UsageError, match="is empty"):
-            load(write(folder, content))
-
-
 @pytest.mark.parametrize(
     ("name", "message"), [("no.jsonl", "no such file"), ("sets", "is a folder"), ("a\0b", "no such|null")]
 )
-def test_missing_data_file_is_named(name, message, folder):
-    for load in (load_samples, load_visualization_entries):
-        with pytest.raises(UsageError, match=message) as caught:
-            load(name)
-        assert "data_file=" in str(caught.value)
+@pytest.mark.parametrize("load", [load_samples, load_visualization_entries])
+def test_missing_data_file_is_named(load, name, message, folder):
+    with pytest.raises(UsageError, match=f"^data_file=.*({message})"):
+        load(name)
 
 
 def test_numeric_and_missing_ids_are_accepted(folder):
@@ -291,8 +261,7 @@ def test_numeric_and_missing_ids_are_accepted(folder):
 def test_ids_with_colliding_files_are_rejected(first, second, message, folder):
     loaded = load_samples(write(folder, line(id=first), line(id=second), line(id="c")))
     assert [sample.line for sample in loaded.entries] == [1, 3]
-    assert loaded.bad[0].line == 2
-    assert message in loaded.bad[0].reason
+    assert loaded.bad[0].line == 2 and message in loaded.bad[0].reason
 
 
 def test_invalid_line_does_not_reserve_its_id(folder):
@@ -301,7 +270,7 @@ def test_invalid_line_does_not_reserve_its_id(folder):
 
 
 def test_tilde_is_expanded_in_every_path(folder, monkeypatch):
-    """In every path that a line may name."""
+    """In each field that holds a path."""
     monkeypatch.setenv("HOME", str(folder))
     Path("a.pkl").touch()
     names = {"image_path": "~/images/cat.png", "mask": "~/sets/dog.png", "ignore": "~/sets/dog.png"}
@@ -321,6 +290,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("", "is empty"),
+        ("\n \r\n", "is empty"),
         (POINTER, "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
         (f"[{line()}]", "is a JSON array, not JSON lines (one object on each line): `jq -c '.[]' "),
         (f"[{line()},\n{line()}]", "is a JSON array"),
@@ -333,12 +304,12 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         ),
     ],
 )
-def test_other_file_formats_are_recognised(content, message, folder):
+@pytest.mark.parametrize("load", [load_samples, load_visualization_entries])
+def test_empty_file_and_other_formats_are_rejected(load, content, message, folder):
     path = write(folder, content, name="sets/data.json")
-    for load in (load_samples, load_visualization_entries):
-        with pytest.raises(UsageError) as caught:
-            load(path)
-        assert str(caught.value).startswith(f"data_file={path} {message}")
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"data_file={path} {message}")
 
 
 def test_image_that_is_an_lfs_pointer_is_reported(folder):
@@ -351,16 +322,10 @@ def test_image_that_is_an_lfs_pointer_is_reported(folder):
 
 
 @pytest.mark.parametrize(
-    "box",
-    [
-        [1, 2, 3, 4.5],
-        np.array([1, 2, 3, 4.5]),
-        torch.tensor([1, 2, 3, 4.5]),
-        (np.float32(1), np.int64(2), 3, 4.5),
-    ],
+    "kind", [list, np.array, torch.tensor, lambda box: (np.float32(1), np.int64(2), *box[2:])]
 )
-def test_sample_converts_any_kind_of_box(box):
-    sample = Sample("a.png", "the cat", bbox=box)
+def test_sample_converts_any_kind_of_box(kind):
+    sample = Sample("a.png", "the cat", bbox=kind([1, 2, 3, 4.5]))
     assert sample.bbox == (1.0, 2.0, 3.0, 4.5)
     assert all(type(number) is float for number in sample.bbox)
 
@@ -372,12 +337,16 @@ def test_sample_converts_any_kind_of_box(box):
         ((0, 4, 3, 1), r"y1 = 1 is not above y0 = 4.*of \[x, y, width, height\], write \[x, y, x \+ width"),
         ((0, 4, 3, 4), "'bbox' is empty: y1 = 4"),
         ((1, 2, 3), "'bbox' has length 3: it must be four numbers"),
+        ((1, 2, 3, 4, 5), "'bbox' has length 5"),
+        ({"x": 1}, "'bbox' must be four numbers"),
         (np.zeros((1, 4)), "'bbox' has length 1"),
         (np.zeros((4, 4)), "'bbox' must hold four numbers in pixels, not list"),
         ((0, 0, math.nan, 1), "four numbers in pixels, not nan"),
         (np.array([0, 0, np.inf, 1]), "four numbers in pixels, not inf"),
         ("1 2 3 4", "'bbox' must be four numbers"),
         ((0, 0, "3", 4), "four numbers in pixels, not '3'"),
+        ((0, 0, True, True), "four numbers in pixels, not True"),
+        ((0, 0, 1e300, 4), "four numbers in pixels, not 1e\\+300"),
         ((0, 0, 10**5000, 4), "not a huge number"),
     ],
 )
@@ -404,12 +373,12 @@ PHOTO = (640, 480)
 @pytest.mark.parametrize(
     ("boxes", "sizes", "message", "certain"),
     [
-        # Pixels: nothing is message.
+        # Boxes in pixels: no problem.
         ([(10, 20, 300, 400)], [PHOTO], None, False),
-        ([(0, 0, 640, 480), (0, 0, 644, 490)], [PHOTO] * 2, None, False),  # a little outside
+        ([(0, 0, 640, 480), (0, 0, 644, 490)], [PHOTO] * 2, None, False),  # slightly outside the image
         ([(0, 0, 1, 1)], [(4, 3)], None, False),  # a tiny image
         ([(1, 1, 3, 3), (0, 0, 2, 2)], [PHOTO] * 2, None, False),  # tiny objects
-        ([(10, 20, 990, 900)] * 50, [(1000, 1000)] * 50, None, False),  # the same in both
+        ([(10, 20, 990, 900)] * 50, [(1000, 1000)] * 50, None, False),  # plausible in both scales
         ([(10, 20, 990, 900)] * 19, [(2000, 1500)] * 19, None, False),  # too few to tell
         ([(10, 20, 990, 900)] * 50, [(2000, 1200)] * 50, None, False),
         ([(10, 20, 400, 300)] * 50, [(2000, 1500)] * 50, None, False),  # all in a corner
@@ -420,7 +389,7 @@ PHOTO = (640, 480)
         # From 0 to 1000: (290, 340, 840, 830) of 384 x 384 pixels, (160, 80, 840, 980) of 451 x 300.
         ([(290, 340, 840, 830), (160, 80, 840, 980)], [(384, 384), (451, 300)], "2 of 2 boxes reach far", True),
         ([(290, 340, 840, 830), (10, 10, 90, 90)], [(384, 384)] * 2, "1 of 2 boxes reach far", False),
-        ([(290, 340, 840, 830)], [(384, 384)], "1 of 1 boxes reach far", False),  # one may be a slip
+        ([(290, 340, 840, 830)], [(384, 384)], "1 of 1 boxes reach far", False),  # one may be a mistake
         ([(290, 340, 840, 830), (0, 0, 1500, 90)], [(384, 384)] * 2, "of larger copies", False),
         ([(10, 20, 990, 900)] * 20, [(2000, 1500)] * 20, "none of the 20 boxes in images of 1250", False),
     ],
@@ -448,7 +417,7 @@ def test_image_headers_of_a_large_data_set_are_sampled(folder):
     samples = [Sample(Path("images/cat.png"), "the cat", bbox=(0, 0, 4, 3))] * 1000
     found = collect_true_boxes([*samples, Sample(Path("gone.png"), "the cat", bbox=(0, 0, 4, 3))])
     assert len(found) == 1001
-    assert sum(one.size == (4, 3) for one in found) == MAX_HEADERS_READ - 1  # the last is gone
+    assert sum(one.size == (4, 3) for one in found) == MAX_HEADERS_READ - 1  # the last file is missing
 
 
 @given(
@@ -459,11 +428,9 @@ def test_check_box_accepts_only_ordered_finite_numbers(value):
         box = check_box(value)
     except BadLineError:
         return
-    assert list(box) == value
+    assert list(box) == value and not any(isinstance(x, bool) for x in value)
     assert all(type(x) is float and math.isfinite(x) for x in box)
-    assert not any(isinstance(x, bool) for x in value)
-    assert box[2] > box[0]
-    assert box[3] > box[1]
+    assert box[2] > box[0] and box[3] > box[1]
 
 
 corner = st.floats(-1e5, 1e5, width=32)
@@ -506,12 +473,12 @@ def test_arbitrary_bytes_become_line_errors_or_one_error(content):
         try:
             loaded = load_samples(path)
         except UsageError as error:
-            refused = str(error)
+            message = str(error)
         else:
             assert not loaded.entries
             assert {bad.line for bad in loaded.bad} <= set(range(1, content.count(b"\n") + 2))
             return
-    assert re.search(r"is empty|is a JSON array|is JSON over several|is a Git LFS", refused)
+    assert re.search(r"is empty|is a JSON array|is JSON over several|is a Git LFS", message)
 
 
 # ------------------------------------------------------------------------------------------------- masks
@@ -550,7 +517,7 @@ def test_visualization_entries_are_read(folder):
         ("a", folder / "sets/two.pkl", 20, 5, 2),
         ("one", Path("one.pkl"), None, None, 3),
         ("b", None, None, None, 4),
-        ("c", Path("elsewhere/three.pkl"), None, None, 5),  # another model's folder may hold it
+        ("c", Path("elsewhere/three.pkl"), None, None, 5),  # may be in another model's folder
     ]
 
 
@@ -571,5 +538,4 @@ def test_visualization_entries_are_read(folder):
 def test_invalid_visualization_entry_is_reported(bad, message, folder):
     loaded = load_visualization_entries(write(folder, '{"id": "x"}', bad))
     assert len(loaded.entries) == 1
-    assert loaded.bad[0].line == 2
-    assert message in loaded.bad[0].reason
+    assert loaded.bad[0].line == 2 and message in loaded.bad[0].reason

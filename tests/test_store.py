@@ -1,4 +1,4 @@
-"""Attention files, analyses, predictions, tables, names, atomic writes and the lock."""
+"""Attention files, analyses, predictions, JSON and CSV, file names, atomic writes and the lock."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_unrelated_safetensors_are_rejected(tmp_path):
     ],
 )
 def test_june_format_is_read(dtype, size, box, tmp_path):
-    # As that tool makes them: a slice of all rows and columns, stacked over layers
+    # As the published code makes them: a slice of the full attention, stacked over layers
     rows = torch.rand(2, 3, 7, 20).to(dtype)
     tensor = rows[:, :, -1:, 2:18]
     (tmp_path / "q.pkl").write_bytes(pickle.dumps(tensor))
@@ -232,10 +232,10 @@ def test_august_format_is_read(gzipped, meta, tmp_path):
 
 @pytest.mark.parametrize("format", ["published", "published_august"])
 def test_published_formats_round_trip(format, tmp_path):
-    """Opened as those tools open it: pickle and torch alone; then by our own reader, which gets everything back."""
+    """Readable with pickle and torch alone, as the published code does it, and by our own reader."""
     attention = np.random.default_rng(0).random((2, 3, 4, 4), dtype=np.float32) / 16
-    told = {"image_file": "dog.png", "query": "the dog", "prompt": "USER: the dog", "model": "m", "id": "q"}
-    maps = AttentionMaps(attention, (0.0, -80.0, 640.0, 560.0), (640, 480), **told)
+    texts = {"image_file": "dog.png", "query": "the dog", "prompt": "USER: the dog", "model": "m", "id": "q"}
+    maps = AttentionMaps(attention, (0.0, -80.0, 640.0, 560.0), (640, 480), **texts)
     path = tmp_path / "q.pkl"
     save_attention(maps, path)
     assert is_in_format(path, "pkl") and not is_in_format(path, format)
@@ -250,15 +250,12 @@ def test_published_formats_round_trip(format, tmp_path):
     assert torch.is_tensor(content) and content.shape == (2, 3, 1, 16)
     P = metadata["patch_size"]
     np.testing.assert_array_equal(content[1, 2, 0].reshape(P, P).numpy(), attention[1, 2])
-    assert (metadata["image_file"], metadata["query"], metadata["image_size"]) == (
-        "dog.png",
-        "the dog",
-        (640, 480),
-    )
+    assert metadata["image_file"] == "dog.png" and metadata["query"] == "the dog"
+    assert metadata["image_size"] == (640, 480)
     read = load_attention(path)
     np.testing.assert_array_equal(read.attention, attention)
     assert (read.image_box, read.image_size) == (maps.image_box, maps.image_size)
-    assert {name: getattr(read, name) for name in told} == told
+    assert {name: getattr(read, name) for name in texts} == texts
     save_attention(maps, path)
     assert not side.exists() and load_attention(path).image_box == maps.image_box
 
@@ -266,7 +263,7 @@ def test_published_formats_round_trip(format, tmp_path):
 @pytest.mark.parametrize("kept", range(5))
 @pytest.mark.parametrize(("before", "after"), [*permutations(["pkl", "published", "published_august"], 2)])
 def test_interrupted_format_change_is_detected(before, after, kept, tmp_path, monkeypatch):
-    """Of its writes and removals all but the first ones are lost: the new format is claimed only where all is there."""
+    """After only the first `kept` writes and removals, the new format is claimed only if all its files are in place."""
     maps = AttentionMaps(np.full((1, 1, 4, 4), 0.01, np.float32), (0.0, -80.0, 640.0, 560.0), (640, 480))
     path, left = tmp_path / "q.pkl", kept
     save_attention(maps, path, before)
@@ -307,7 +304,7 @@ def test_published_formats_reject_maps_they_cannot_represent(format, grid, box, 
 
 
 def test_hostile_gzip_is_rejected(tmp_path):
-    """Bombs, garbage, half a file, code in the pickle: one line each, and no more unpacked than attention would be."""
+    """Bombs, garbage, a truncated file, code in the pickle: a one-line error each, within the memory limit."""
     path = tmp_path / "q.pkl.gz"
     bomb = gzip.compress(pickle.dumps(np.zeros((1, 1, 1, 60 << 20), np.uint8)), 1)
     whole = gzip.compress(pickle.dumps(torch.rand(2, 3, 1, 16)))
@@ -330,7 +327,7 @@ def test_hostile_gzip_is_rejected(tmp_path):
 
 
 def test_list_of_layers_with_batch_axis_is_read(tmp_path):
-    """What `output_attentions` leaves in a list: `[1, H, 1, P*P]` a layer."""
+    """As from `output_attentions`: `[1, H, 1, P*P]` per layer."""
     layers = [torch.rand(1, 4, 1, 9) for _ in range(3)]
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(layers))
     expected = torch.cat(layers).reshape(3, 4, 3, 3).numpy()
@@ -366,11 +363,7 @@ def test_layers_are_ordered_and_image_size_defaults_to_the_grid(content, tmp_pat
         (torch.zeros(2, 3, 1, 16), {"image_size": (0, 5)}, "image_size"),
         (torch.zeros(2, 3, 1, 16), {"image_size": "big"}, "image_size"),
         (torch.zeros(2, 3, 1, 16), {"patch_size": 24}, "'patch_size' is 24, and 16 image tokens are 4 x 4"),
-        (
-            torch.softmax(torch.rand(2, 3, 6, 6), -1),
-            {},
-            r"full attention \[L, H, T, T\] of 6 query tokens .*sum to 6,",
-        ),
+        (torch.softmax(torch.rand(2, 3, 6, 6), -1), {}, r"full attention \[L, H, T, T\] of 6 .*sum to 6,"),
         ([torch.softmax(torch.rand(1, 3, 6, 9).half(), -1)] * 2, {}, "full attention"),
         ({"attn": torch.softmax(torch.rand(2, 3, 6, 6), -1)}, {}, "full attention"),
         ({"attn": torch.zeros(2, 3, 1, 16), "meta": "a dog"}, {}, "'meta' is not a dict"),
@@ -388,19 +381,11 @@ def test_invalid_published_file_is_rejected(tensor, metadata, message, tmp_path)
 
 
 def test_analysis_round_trip_is_plain(tmp_path):
-    heads = [
-        {
-            "layer": np.int64(3),
-            "head": 1,
-            "spatial_entropy": np.float32("inf"),
-            "above_threshold": np.bool_(True),
-        }
-    ]
+    plain = {"layer": 3, "head": 1, "spatial_entropy": float("inf"), "above_threshold": True}
+    heads = [{name: value if name == "head" else np.asarray(value)[()] for name, value in plain.items()}]
     save_analysis(heads, tmp_path / "a_analysis.pkl")
     assert b"numpy" not in (tmp_path / "a_analysis.pkl").read_bytes()
-    assert load_analysis(tmp_path / "a_analysis.pkl") == [
-        {"layer": 3, "head": 1, "spatial_entropy": float("inf"), "above_threshold": True}
-    ]
+    assert load_analysis(tmp_path / "a_analysis.pkl") == [plain]
 
 
 @pytest.mark.parametrize("content", [{}, 5, [1], [{"layer": 1}], [{"layer": "1", "head": 0}]])
@@ -415,16 +400,8 @@ def test_predictions_round_trip(tmp_path):
     predictions = [
         Prediction("a", (0.0, 1.0, 2.5, 3.0), 0.5, mask, (Head(1, 2), Head(3, 4))),
         Prediction("ü", error="broken or cut short"),
-        Prediction(
-            "b",
-            heads=(Head(1, 2),),
-            agreement=0.25,
-            confidence=0.5,
-            calibrated=True,
-            presence=0.125,
-            absent=True,
-            heads_from="a list (somebody, 2026)",
-        ),
+        Prediction("b", heads=(Head(1, 2),), agreement=0.25, confidence=0.5, calibrated=True, presence=0.125),
+        Prediction("c", absent=True, heads_from="a list (somebody, 2026)"),
     ]
     write_predictions(tmp_path / "p.jsonl", predictions)
     assert list(read_predictions(tmp_path / "p.jsonl")) == predictions
@@ -554,18 +531,13 @@ def test_companion_paths_of_an_attention_file():
 # ------------------------------------------------------------------------------------------ atomic writing
 
 
-def _write_and_raise(path: Path, error: type[BaseException]) -> None:
-    with atomic_write(path) as file:
-        file.write(b"half")
-        raise error
-
-
-def test_failed_write_keeps_the_old_file(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failed_write_keeps_the_old_file(error, tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    for error in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(error):
-            _write_and_raise(path, error)
+    with pytest.raises(error), atomic_write(path) as file:  # noqa: PT012
+        file.write(b"half")
+        raise error
     assert path.read_text() == "old"
     assert names_in(tmp_path) == ["file"]
 

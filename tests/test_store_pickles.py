@@ -1,4 +1,4 @@
-"""Hostile and honest pickles: what is read, what is refused, and that nothing is ever run."""
+"""The safe pickle reader: plain values round-trip, hostile pickles are refused, and nothing is ever executed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CORE = sys.modules.get("numpy._core") or sys.modules["numpy.core"]  # numpy 2 an
 
 
 class Call:
-    """Pickles as a call of `function(*arguments)`, with a state to set on the result."""
+    """An object whose pickle calls `function(*arguments)` and optionally sets a state on the result."""
 
     def __init__(self, function, *arguments, state=None):
         self.parts = (function, arguments) if state is None else (function, arguments, state)
@@ -47,7 +47,7 @@ class Call:
         {"a": [1, (2.5, True, False), "text", b"bytes", None, -1, 10**30], 7: {}},
         [[], (), {}, "", b"", float("inf")],
         ("ä" * 300, b"\xff" * 300, [0] * 2000),
-        [[1, 2]] * 3,  # one list, referred to
+        [[1, 2]] * 3,  # one list, referenced three times
     ],
 )
 def test_plain_values_round_trip(value, protocol):
@@ -87,7 +87,7 @@ def test_tensors_round_trip_as_arrays(dtype, protocol):
 
 
 def test_tensor_of_a_7b_model_is_read():
-    """Its strides multiply to far more than its 590,000 numbers, and that is no fault."""
+    """The product of its strides far exceeds its 590,000 elements, which is valid."""
     tensor = torch.arange(32 * 32 * 576, dtype=torch.float32).reshape(32, 32, 1, 576)
     np.testing.assert_array_equal(loads_pickle(pickle.dumps(tensor)), tensor.numpy())
 
@@ -114,39 +114,34 @@ ENCODE = _stack_global("_codecs", "encode")
 
 
 def _nested(*parts: bytes) -> bytes:
-    """A storage of torch's, made of these parts."""
+    """A call of torch's `_load_from_bytes` with these parts as its content."""
     return pickle.dumps(Call(torch.storage._load_from_bytes, b"".join(parts)))
 
 
 def _reconstruct(kind: str, state: bytes) -> bytes:
-    """An array by `_reconstruct` with a dtype code and a state tuple in pickle code."""
+    """An array by `_reconstruct`, with a dtype code and pickled items of the state tuple."""
     text = b"\x8c" + bytes([len(kind)]) + kind.encode()
     state = state.replace(b"DTYPE", _stack_global("numpy", "dtype") + text + b"\x89\x88\x87R")
     return EMPTY + b"(K\x01" + state + b"tb."
 
 
 def _laughs(depth: int) -> bytes:
-    """A tuple of two of a tuple of two ...: 2**depth leaves in a few bytes."""
+    """Nested pairs that share their elements: 2**depth leaves in a few bytes."""
     return b"\x80\x04)" + b"\x94" + b"".join(b"h" + bytes([i]) + b"\x86\x94" for i in range(depth)) + b"."
 
 
 def _wide_laughs() -> bytes:
-    """A list of 1000 times a list of 1000 times ...: 10**12 leaves, four deep."""
+    """Four levels of lists with 1000 references to the next: 10**12 leaves."""
     return b"\x80\x04(]\x94" + b"".join(b"](" + bytes([0x68, i]) * 1000 + b"e\x94" for i in range(4)) + b"t."
 
 
 def _hostile_tensor(numel: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
-    """A tensor of 4 numbers whose storage claims `numel` and whose view is what the other arguments say."""
+    """A tensor of 4 elements whose storage claims `numel`, viewed with any size, stride and offset."""
     content = pickle.dumps(torch.zeros(4)).replace(b"K\x04Nt", b"K" + bytes([numel]) + b"Nt")
     names = ("SHORT_BINBYTES", "BINBYTES")
     raw = next(argument for op, argument, _ in pickletools.genops(content) if op.name in names)
-    storage = (
-        _stack_global("torch.storage", "_load_from_bytes")
-        + b"B"
-        + struct.pack("<I", len(raw))
-        + raw
-        + b"\x85R"
-    )
+    load = _stack_global("torch.storage", "_load_from_bytes")
+    storage = load + b"B" + struct.pack("<I", len(raw)) + raw + b"\x85R"
     numbers, steps = (b"(" + b"".join(map(_integer, values)) + b"t" for values in (size, stride))
     hooks = b"\x89" + _stack_global("collections", "OrderedDict") + b")R"
     rebuild = b"\x80\x04" + _stack_global("torch._utils", "_rebuild_tensor_v2")
@@ -158,7 +153,7 @@ def _text(length: int) -> bytes:
 
 
 def _shared(value: bytes, references: int) -> bytes:
-    """A list of so many references to one value."""
+    """A list of `references` references to one value."""
     return b"\x80\x05](" + value + b"\x94" + b"h\x00" * (references - 1) + b"e."
 
 
@@ -169,18 +164,12 @@ def _integer(value: int) -> bytes:
 def _array(count: int) -> bytes:
     type_, size = _stack_global("numpy", "dtype") + b"\x8c\x02f2\x85R", _integer(count)
     content = b"\x96" + struct.pack("<Q", 2 * count) + bytes(2 * count)
-    return (
-        _stack_global("numpy._core.numeric", "_frombuffer")
-        + b"("
-        + content
-        + type_
-        + size
-        + b"\x85\x8c\x01CtR"
-    )
+    arguments = b"(" + content + type_ + size + b"\x85\x8c\x01Ct"
+    return _stack_global("numpy._core.numeric", "_frombuffer") + arguments + b"R"
 
 
 def _bfloat16_by_name(references: int) -> bytes:
-    """`_frombuffer` called again and again for one buffer, whose dtype claims to be bfloat16."""
+    """Repeated `_frombuffer` calls on one buffer whose dtype claims to be bfloat16."""
     constructor = _stack_global("numpy._core.numeric", "_frombuffer") + b"\x94"
     arguments = b"(B" + struct.pack("<I", 1 << 20) + bytes(1 << 20) + b"\x8c\x03bf2J"
     arguments += struct.pack("<i", 1 << 19) + b"\x85\x8c\x01Ct\x94"
@@ -188,7 +177,7 @@ def _bfloat16_by_name(references: int) -> bytes:
 
 
 NESTED = b")" + b"\x85" * 400_000
-"""A tuple in a tuple in a tuple ...: C code that hashes it overflows its stack."""
+"""Deeply nested tuples: hashing them overflows the C stack."""
 
 GRAPHS = {
     "a name of nested tuples": b"\x80\x04" + NESTED + b"\x8c\x01a\x93.",
@@ -214,7 +203,7 @@ def _poison(path: str) -> str:
 
 
 def hostile_pickles(touch: str) -> dict[str, bytes]:
-    """Attacks that write the file `touch` if anything in them runs, and ones on memory, time and the interpreter."""
+    """Attacks that create the file `touch` if executed, and attacks on memory, time and the interpreter."""
     mark = f"touch {touch}"
     return {
         "os.system": pickle.dumps(Call(os.system, mark)),
@@ -234,12 +223,10 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         "torch.load of a nested pickle": _nested(pickle.dumps(Call(os.system, mark))),
         "torch.load itself": pickle.dumps(Call(torch.load, touch)),
         "a nested pickle after good headers": _nested(
-            *map(pickle.dumps, (1, 1, {"little_endian": True}, Call(os.system, mark)))
-        ),
+            *map(pickle.dumps, (1, 1, {"little_endian": True}, Call(os.system, mark)))),
         "an array of objects": pickle.dumps(np.array([Call(os.system, mark), None], dtype=object)),
         "an object as a scalar": pickle.dumps(
-            Call(CORE.multiarray.scalar, np.dtype("O"), pickle.dumps(Call(os.system, mark)))
-        ),
+            Call(CORE.multiarray.scalar, np.dtype("O"), pickle.dumps(Call(os.system, mark)))),
         "an array of records": pickle.dumps(np.zeros(2, dtype=[("a", "f4")])),
         "an array of text": pickle.dumps(np.array(["a"])),
         "a subclass of ndarray": pickle.dumps(np.ma.masked_array([1.0], [0])),
@@ -264,19 +251,14 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         "a frame of 1 TB": b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b"]K\x01",
         "a number of 2 GB": b"\x80\x04\x8b\xff\xff\xff\x7fabc.",
         "a number of -1 bytes": b"\x80\x04\x8b\xff\xff\xff\xff.",
-        "a million copies of a text": b"\x80\x04"
-        + ENCODE
-        + b"\x94"
-        + _text(10**5)
-        + (b"\x94\x8c\x06latin1\x86\x94](" + b"h\x00h\x02R" * 50_000 + b"e."),
+        "a million copies of a text": b"\x80\x04" + ENCODE + b"\x94" + _text(10**5)
+        + b"\x94\x8c\x06latin1\x86\x94](" + b"h\x00h\x02R" * 50_000 + b"e.",
         "an array of fewer bytes": _reconstruct("f4", b"(K\x7fK\x7ftDTYPE\x89C\x04abcd"),
         "an array of a negative shape": _reconstruct("f4", b"(J\xff\xff\xff\xfftDTYPE\x89C\x04abcd"),
         "an array of a huge shape": _reconstruct(
-            "f4", b"(" + _integer(1 << 62) + _integer(4) + b"tDTYPE\x89C\x04abcd"
-        ),
+            "f4", b"(" + _integer(1 << 62) + _integer(4) + b"tDTYPE\x89C\x04abcd"),
         "an array of a huge and an empty side": _reconstruct(
-            "f4", b"(" + _integer(1 << 62) + b"K\x00tDTYPE\x89C\x00"
-        ),
+            "f4", b"(" + _integer(1 << 62) + b"K\x00tDTYPE\x89C\x00"),
         "an array of objects by hand": _reconstruct("O", b"K\x01\x85DTYPE\x88](K\x01e"),
         "an array without state": EMPTY + b".",
         "a tensor beyond its numbers": _hostile_tensor(4, (3,), (2,)),
@@ -295,7 +277,7 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         "a number for a mark": b"\x80\x04(\x94N\x86.",
         "only a mark": b"\x80\x04(.",
         "an empty stack": b"\x80\x04R.",
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(hostile_pickles("/nowhere")))
@@ -358,7 +340,7 @@ for path in sys.argv[1:]:
 
 
 def test_shared_graphs_are_refused_within_the_memory_limit(tmp_path):
-    """In a process of its own: the first ones end it where names are hashed before they are known to be text."""
+    """In a subprocess, which the first graphs would crash if names were hashed before their type is checked."""
     for number, content in enumerate(GRAPHS.values()):
         (tmp_path / f"{number:02}.pkl").write_bytes(content)
     files = sorted(map(str, tmp_path.iterdir()))
@@ -389,11 +371,14 @@ PIECES = {
     "type": lambda i, j, size: _stack_global("numpy", "dtype") + i + b"\x85R",
     "state": lambda i, j, size: i + j + b"b",
 }
-"""One value each, made of the earlier values `i` and `j`."""
+"""Code for one value, built from the earlier values `i` and `j`."""
+
+
+INDEX = st.integers(0, 30)
 
 
 def _graph(pieces) -> bytes:
-    """A list of values, each numbered, that are made of earlier ones."""
+    """A list of memoised values, each built from earlier ones."""
     content = b""
     for number, (kind, i, j, size) in enumerate(pieces):
         i, j = (b"j" + struct.pack("<I", n % max(1, number)) for n in (i, j))
@@ -402,7 +387,7 @@ def _graph(pieces) -> bytes:
 
 
 def _unfolded(value) -> int:
-    """The bytes of a value if every reference were a copy."""
+    """The size of a value if every reference were a copy."""
     if isinstance(value, np.ndarray):
         return value.nbytes
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -412,12 +397,7 @@ def _unfolded(value) -> int:
 @settings(max_examples=150)
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(sorted(PIECES)),
-            st.integers(0, 30),
-            st.integers(0, 30),
-            st.sampled_from([0, 1, 300, 20_000]),
-        ),
+        st.tuples(st.sampled_from(sorted(PIECES)), INDEX, INDEX, st.sampled_from([0, 1, 300, 20_000])),
         max_size=30,
     )
 )
@@ -447,7 +427,7 @@ def test_handmade_tensor_without_a_fault_is_read():
 
 
 def test_large_memo_index_takes_no_memory():
-    """Python's own unpickler makes room for four billion entries here."""
+    """Python's own unpickler would allocate four billion entries here."""
     tracemalloc.start()
     with pytest.raises(PickleRefusedError, match="more bytes than the file"):
         loads_pickle(b"\x80\x04Nr\xff\xff\xff\xff.")
@@ -456,7 +436,7 @@ def test_large_memo_index_takes_no_memory():
 
 
 def test_reading_does_not_modify_constructors():
-    """An unpickler that sets state on what it looked up could be poisoned for the next file."""
+    """If BUILD could set state on an allowed constructor, it would be compromised for later files."""
     with pytest.raises(PickleRefusedError):
         loads_pickle(hostile_pickles("x")["state set on a constructor"])
     np.testing.assert_array_equal(loads_pickle(pickle.dumps(np.arange(3), protocol=2)), np.arange(3))

@@ -1,4 +1,4 @@
-"""The statistics store: what is appended comes back, whatever a kill or a bad disk does to the file."""
+"""The statistics store: records round-trip and survive killed writers, failing disks and damage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def keys_of(*numbers):
 
 
 def values_of(*numbers):
-    """Sums, entropies and flags that tell their sample by their values."""
+    """Sums, entropies and flags that are different for each sample."""
     rng = [np.random.default_rng(n) for n in numbers]
     sums = np.stack([r.random((L, H), dtype=np.float32) for r in rng])
     entropies = np.stack([r.random((L, H), dtype=np.float32) for r in rng])
@@ -62,15 +63,8 @@ def test_view_is_indexed_like_an_array(tmp_path):
     view = store.rows(keys_of(4, 2, 0, 5)).attention_sum
     expected = values_of(4, 2, 0, 5)[0]
     assert (len(view), view.shape, view.ndim) == (4, (4, L, H), 3)
-    for index in (
-        0,
-        -1,
-        slice(1, 3),
-        np.array([2, 2, 0]),
-        (slice(None), 1),
-        (0, 1, 2),
-        (np.array([0, 3]), 2, 1),
-    ):
+    indices = (0, -1, slice(1, 3), np.array([2, 2, 0]), (slice(None), 1), (0, 1, 2), (np.array([0, 3]), 2, 1))
+    for index in indices:
         np.testing.assert_array_equal(view[index], expected[index])
     np.testing.assert_array_equal(np.stack(list(view)), expected)
 
@@ -87,14 +81,10 @@ def test_ranking_from_disk_equals_ranking_from_memory(tmp_path):
     store.append(keys_of(*numbers), *values_of(*numbers))
     rows = store.rows(keys_of(*reversed(numbers)))
     sums, _, entropies, bottom = values_of(*reversed(numbers))
-    from_disk = rank_heads(
-        rows.attention_sum,
-        rows.spatial_entropy("mass"),
-        bottom_row=rows.bottom_row_focus,
-        num_samples=20,
-        seed=3,
-    )
-    assert from_disk == rank_heads(sums, entropies, bottom_row=bottom, num_samples=20, seed=3)
+    options = {"num_samples": 20, "seed": 3}
+    stored = (rows.attention_sum, rows.spatial_entropy("mass"))
+    from_disk = rank_heads(*stored, bottom_row=rows.bottom_row_focus, **options)
+    assert from_disk == rank_heads(sums, entropies, bottom_row=bottom, **options)
 
 
 def test_first_record_of_a_key_is_kept(tmp_path):
@@ -122,13 +112,13 @@ def test_records_of_other_settings_fail_the_checksum(tmp_path):
 def test_partial_last_record_is_dropped(tmp_path):
     store = open_store(tmp_path)
     store.append(keys_of(0, 1), *values_of(0, 1))
-    whole = store.path.read_bytes()
-    for end in range(0, len(whole), 7):
-        store.path.write_bytes(whole[:end])
+    content = store.path.read_bytes()
+    for end in range(0, len(content), 7):
+        store.path.write_bytes(content[:end])
         opened = open_store(tmp_path)
-        assert len(opened) == (end >= len(whole) // 2)
+        assert len(opened) == (end >= len(content) // 2)
         opened.append(keys_of(0, 1), *values_of(0, 1))
-        assert store.path.read_bytes() == whole
+        assert store.path.read_bytes() == content
 
 
 def test_damaged_record_is_skipped_and_rewritten(tmp_path):
@@ -136,16 +126,16 @@ def test_damaged_record_is_skipped_and_rewritten(tmp_path):
     store.append(keys_of(0, 1, 2), *values_of(0, 1, 2))
     content = bytearray(store.path.read_bytes())
     size = len(content) // 3
-    for place in (0, 17, size - 5, size - 1):
+    for offset in (0, 17, size - 5, size - 1):
         damaged = bytearray(content)
-        damaged[size + place] ^= 0x10
+        damaged[size + offset] ^= 0x10
         store.path.write_bytes(damaged)
         opened = open_store(tmp_path)
         assert opened.keys() == keys_of(0, 2)
         check(opened, 0, 2)
         opened.append(keys_of(1), *values_of(1))
         check(open_store(tmp_path), 0, 1, 2)
-    store.path.write_bytes(content[:size] + bytes(size))  # what a power cut can leave
+    store.path.write_bytes(content[:size] + bytes(size))  # as after a power failure
     assert open_store(tmp_path).keys() == keys_of(0)
 
 
@@ -168,17 +158,13 @@ def test_failing_disk_leaves_complete_records(tmp_path, monkeypatch):
     store = open_store(tmp_path)
     store.append(keys_of(0), *values_of(0))
     for error, raised in (
-        (OSError(28, "No space left on device"), WorkError),
+        (OSError(28, "No space left"), WorkError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ):
-        with monkeypatch.context() as patch:
-
-            def fail(descriptor, error=error):
-                raise error
-
-            patch.setattr(os, "fsync", fail)
-            with pytest.raises(raised):
-                store.append(keys_of(1), *values_of(1))
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=error))
+        with pytest.raises(raised):
+            store.append(keys_of(1), *values_of(1))
+        monkeypatch.undo()
         check(store, 0)
         assert len(open_store(tmp_path)) == 1
     store.append(keys_of(1), *values_of(1))
@@ -210,7 +196,7 @@ def test_killed_writer_loses_at_most_the_last_chunk(tmp_path):
         done = int(writer.stdout.readline())
         time.sleep(delay)
         writer.send_signal(signal.SIGKILL)
-        rest = writer.stdout.read().split(b"\n")[:-1]  # the last line may be cut
+        rest = writer.stdout.read().split(b"\n")[:-1]  # the last line may be partial
         writer.stdout.close()
         writer.wait()
         done = int(rest[-1]) if rest else done

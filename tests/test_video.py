@@ -1,4 +1,4 @@
-"""Videos: frames by time, bounded and hostile input, a run that resumes; boxes over time; scenes that move."""
+"""Videos: frame sampling, hostile input, resumed runs, smoothed boxes, and moving scenes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def clip(path: Path, count: int = 10, rate: float = 10, size: tuple[int, int] = (64, 48)) -> Path:
-    """Frames of one grey each, brighter from frame to frame."""
+    """A video whose frames are uniformly grey, each brighter than the one before."""
     with write_video(path, size, rate) as file:
         for number in range(count):
             file.add(np.full((size[1], size[0], 3), 20 * number, dtype=np.uint8))
@@ -48,7 +48,7 @@ def clip(path: Path, count: int = 10, rate: float = 10, size: tuple[int, int] = 
 
 
 def greys(path: Path, fps: float | None = None) -> list[int]:
-    """The numbers of the frames, as their grey says."""
+    """The numbers of the sampled frames, from their grey level."""
     return [round(float(np.mean(np.array(frame.image))) / 20) for frame in frames(open_video(path), fps)]
 
 
@@ -78,7 +78,7 @@ def test_known_frames_are_not_decoded(tmp_path: Path) -> None:
 def test_written_video_is_scaled_and_even(
     size: tuple[int, int], written: tuple[int, int], tmp_path: Path
 ) -> None:
-    """Sides that the coding takes, and none beyond the limit."""
+    """The codec needs even sides, and the longer one is limited."""
     assert open_video(clip(tmp_path / "clip.mp4", 2, size=size)).size == written
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
 
@@ -100,7 +100,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_invalid_video_is_rejected(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """In one line, and without a word of FFmpeg's."""
+    """With a one-line error, and without output of FFmpeg."""
     content, message = REFUSED[name]
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
@@ -120,7 +120,7 @@ def test_oversized_video_is_rejected_before_decoding(tmp_path: Path, monkeypatch
 
 
 def test_smooth_boxes_by_hand() -> None:
-    """b_t = w b_(t-1) + (1 - w) x_t, anew after a gap."""
+    """b_t = w b_(t-1) + (1 - w) x_t, restarted after a gap."""
     boxes = [(0, 0, 10, 10), (8, 0, 18, 10), (8, 4, 18, 14), None, (8, 4, 18, 14)]
     assert list(smooth_boxes(boxes, 0.25)) == [
         (0, 0, 10, 10),
@@ -147,13 +147,8 @@ def test_timeline_text_fits() -> None:
 # ------------------------------------------------------------------------------------------------------- stage
 
 OPTIONS = (
-    "stage=ground",
-    "video_file=clip.mp4",
-    "query=the dog",
-    "heads=[2-0]",
-    "segmenter=none",
-    "save_id=one",
-)
+    "stage=ground", "video_file=clip.mp4", "query=the dog", "heads=[2-0]", "segmenter=none", "save_id=one",
+)  # fmt: skip
 
 
 def test_run_writes_predictions_video_and_timeline(front: Front) -> None:
@@ -167,45 +162,38 @@ def test_run_writes_predictions_video_and_timeline(front: Front) -> None:
     assert open_video(front.out / "attention/one_video.mp4").count == 3
     assert (front.out / "attention/one_timeline.png").is_file()
     assert [one.frame for one in read_predictions(front.out / "predictions.jsonl")] == [0, 2, 4]
-    assert not list(front.out.glob(".video*")), "the log of a run that ended is gone"
+    assert not list(front.out.glob(".video*")), "a completed run deletes its log"
 
 
 def test_killed_run_resumes_with_identical_results(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     clip(Path("clip.mp4"), 6)
     options = (*OPTIONS, "fps=null", "batch_size=2")
     assert front.finder(*options).status == 0
-    whole = (front.out / "predictions.jsonl").read_bytes()
+    expected = (front.out / "predictions.jsonl").read_bytes()
     (front.out / "predictions.jsonl").unlink()
-    attend, asked = stage.attend_samples, []
+    attend, calls = stage.attend_samples, []
 
-    def once(*arguments, **named):
-        if asked:
+    def once(*arguments, **given):
+        if calls:
             raise KeyboardInterrupt
-        asked.append(1)
-        return attend(*arguments, **named)
+        calls.append(1)
+        return attend(*arguments, **given)
 
     monkeypatch.setattr(stage, "attend_samples", once)
     assert front.finder(*options).status == 130
-    asked.clear()
-    monkeypatch.setattr(stage, "attend_samples", lambda *a, **b: asked.append(1) or attend(*a, **b))
+    calls.clear()
+    monkeypatch.setattr(stage, "attend_samples", lambda *a, **b: calls.append(1) or attend(*a, **b))
     assert front.finder(*options).status == 0
-    assert len(asked) == 2, "one of three chunks was in the log"
-    assert (front.out / "predictions.jsonl").read_bytes() == whole
+    assert len(calls) == 2, "one of three chunks was in the log"
+    assert (front.out / "predictions.jsonl").read_bytes() == expected
 
 
 def test_calibration_signals_are_computed_for_every_frame(front: Front) -> None:
-    """Presence needs questions beside the expression; the same image alone has the same answer."""
+    """`present` needs additional prompts; it is the same as for the frame as an image."""
     clip(Path("clip.mp4"), 2)
-    fitted = (
-        "stage=calibrate",
-        "data=scenes",
-        "scenes.count=80",
-        "scenes.absent=0.5",
-        "scenes.size=96",
-        "signals=true",
-    )
     heads = ("heads=[4-4,5-6]", "k=2", "visualize_batch=false")
-    result = front.finder(*fitted, *heads)
+    scenes = ("data=scenes", "scenes.count=80", "scenes.absent=0.5", "scenes.size=96")
+    result = front.finder("stage=calibrate", *scenes, "signals=true", *heads)
     assert result.status == 0, result.err
     options = [option for option in OPTIONS if not option.startswith(("heads", "segmenter"))]
     result = front.finder(*options, *heads, "fps=null", "abstain=0.5")
@@ -214,16 +202,15 @@ def test_calibration_signals_are_computed_for_every_frame(front: Front) -> None:
     first = next(frames(open_video(Path("clip.mp4"))))
     assert first.image is not None
     first.image.save("first.png")
-    assert (
-        front.finder("stage=ground", "image_file=first.png", "query=the dog", "save_id=x", *heads).status == 0
-    )
+    image = ("image_file=first.png", "query=the dog", "save_id=x")
+    assert front.finder("stage=ground", *image, *heads).status == 0
     (alone,) = read_lines(front.out / "attention/x_prediction.jsonl")
     assert frame["present"] == pytest.approx(alone["present"], abs=1e-4)
     assert frame["calibrated"] and alone["calibrated"]
 
 
 def test_frames_after_a_broken_frame_are_read(tmp_path: Path) -> None:
-    """The data of the fourth frame are zeros: OpenCV's reader says at that place what it says at the end."""
+    """The fourth frame is zeroed, for which OpenCV returns the same as at the end of the video."""
     content = bytearray(clip(tmp_path / "clip.mp4").read_bytes())
     starts = [at for at in range(len(content)) if content.startswith(b"\0\0\1\xb6", at)]
     content[starts[3] : starts[4]] = bytes(starts[4] - starts[3])
@@ -239,8 +226,8 @@ def test_frames_after_a_broken_frame_are_read(tmp_path: Path) -> None:
 def test_broken_frame_is_reported_and_skipped(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     clip(Path("clip.mp4"), 4)
 
-    def broken(*arguments, **named) -> Iterator[Frame]:
-        for frame in frames(*arguments, **named):
+    def broken(*arguments, **given) -> Iterator[Frame]:
+        for frame in frames(*arguments, **given):
             yield frame._replace(image=None) if frame.number == 2 else frame
 
     monkeypatch.setattr(stage, "frames", broken)
@@ -252,7 +239,7 @@ def test_broken_frame_is_reported_and_skipped(front: Front, monkeypatch: pytest.
 
 
 def test_video_that_ends_early_is_reported(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header states ten frames; all come, then five, for which a header may not be wrong."""
+    """The header claims ten frames, of which ten, then five are read."""
     clip(Path("clip.mp4"), 10)
     message = "the last 5 or so of the 10 frames that its header states are not there"
     assert message not in front.finder(*OPTIONS, "fps=null").err
@@ -271,11 +258,11 @@ def test_video_that_ends_early_is_reported(front: Front, monkeypatch: pytest.Mon
         (["smoothing=1"], "smoothing"),
     ],
 )
-def test_usage_errors(more: list[str], message: str, front: Front) -> None:
+def test_usage_errors(extra: list[str], message: str, front: Front) -> None:
     clip(Path("clip.mp4"), 2)
-    named = {option.partition("=")[0] for option in more}
-    options = [option for option in OPTIONS if option.partition("=")[0] not in named]
-    result = front.finder(*options, *more)
+    given = {option.partition("=")[0] for option in extra}
+    options = [option for option in OPTIONS if option.partition("=")[0] not in given]
+    result = front.finder(*options, *extra)
     assert result.status == 2
     assert message in result.err
 
@@ -285,13 +272,13 @@ def test_usage_errors(more: list[str], message: str, front: Front) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_moving_scene_is_continuous(seed: int) -> None:
-    """It begins as the scene of its seed; then objects move, stay inside, and do not hide each other."""
+    """It starts as the scene of its seed; then objects move in small steps and keep their size."""
     seed += TEST_SEEDS.start
     first, *rest = moving_scene(seed, 12, size=96)
-    still = render_scene(seed, size=96)
-    assert np.array_equal(first.image, still.image)
+    scene_of_the_seed = render_scene(seed, size=96)
+    assert np.array_equal(first.image, scene_of_the_seed.image)
     assert first.expressions
-    assert set(first.expressions) <= set(still.expressions)
+    assert set(first.expressions) <= set(scene_of_the_seed.expressions)
     before = first
     moved = 0
     for scene in rest:
@@ -308,14 +295,9 @@ def test_moving_scene_is_continuous(seed: int) -> None:
 def test_moving_scenes_have_an_entry_per_frame(tmp_path: Path) -> None:
     options = ScenesOptions(count=2, size=64, frames=3, folder=str(tmp_path))
     entries = read_lines(write_scenes(options))
-    assert [entry["id"] for entry in entries[:4]] == [
-        "scene_00000_f000",
-        "scene_00000_f001",
-        "scene_00000_f002",
-        "scene_00001_f000",
-    ]
+    ids = [f"scene_0000{scene}_f00{frame}" for scene in range(2) for frame in range(3)]
+    assert [entry["id"] for entry in entries] == ids
     assert len({entry["prompt"] for entry in entries[:3]}) == 1
     assert {entry["picture"] for entry in entries} == {"scene_00000", "scene_00001"}
-    assert all(
-        cv2.imread(str(tmp_path.glob("*").__next__() / entry["image_path"])) is not None for entry in entries
-    )
+    (folder,) = tmp_path.iterdir()
+    assert all(cv2.imread(str(folder / entry["image_path"])) is not None for entry in entries)
