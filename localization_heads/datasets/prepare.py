@@ -130,8 +130,8 @@ def check_leakage(options: FinderOptions, index: Index, chosen: Sequence[IndexEn
         for split, entries in _group_by_split(index.entries).items()
         if split != "train"
     }
-    for data_file, record in find_prepared_files(folder):
-        if record["split"] != "train":
+    for data_file, metadata in find_prepared_files(folder):
+        if metadata["split"] != "train":
             evaluated[data_file.name] = read_pictures(data_file)
     shared = {name: len(drawn_images & images) for name, images in evaluated.items() if drawn_images & images}
     if shared:
@@ -147,14 +147,15 @@ def _choose_split(options: FinderOptions, index: Index) -> str:
     if not index.entries and not index.failures:
         raise UsageError(f"dataset_path={options.dataset_path}: it holds no reference")
     splits = _group_by_split(index.entries)
-    names = {*splits, *(bad.split for bad in index.failures if bad.split)}
-    split = options.split or (names.copy().pop() if len(names) == 1 else "val")
+    names = {*splits, *(failure.split for failure in index.failures if failure.split)}
+    split = options.split or (next(iter(names)) if len(names) == 1 else "val")
     if split in splits:
         return split
-    if bad := index.failures_of(split) if index.entries == [] or split in names else []:
-        raise NothingDoneError(f"no row of {split} could be read", bad[:10])
-    found = ", ".join(f"{name} ({len(entries)} expressions)" for name, entries in splits.items())
-    raise UsageError(f"split={split}: dataset_path has {found or 'none that can be read'}")
+    failures = index.failures_of(split)
+    if failures and (split in names or not index.entries):
+        raise NothingDoneError(f"no row of {split} could be read", failures[:10])
+    available = ", ".join(f"{name} ({len(entries)} expressions)" for name, entries in splits.items())
+    raise UsageError(f"split={split}: dataset_path has {available or 'none that can be read'}")
 
 
 def _choose_entries(

@@ -124,11 +124,12 @@ def _remove_other_metadata(path: Path, kept: str | None) -> None:
 
 
 def is_in_format(path: Path, format: str) -> bool:
-    """Whether a `.pkl` has exactly the metadata file that this format requires."""
-    companions = [side for side in _METADATA_SUFFIXES.values() if side_path(path, side).is_file()]
-    return path.suffix != ".pkl" or companions == (
-        [_METADATA_SUFFIXES[format]] if format in _METADATA_SUFFIXES else []
-    )
+    """Whether a `.pkl` has exactly the metadata file that this format requires; True for other files."""
+    if path.suffix != ".pkl":
+        return True
+    present = {suffix for suffix in _METADATA_SUFFIXES.values() if side_path(path, suffix).is_file()}
+    required = {_METADATA_SUFFIXES[format]} if format in _METADATA_SUFFIXES else set()
+    return present == required
 
 
 def load_attention(path: str | Path) -> AttentionMaps:

@@ -109,9 +109,8 @@ class _Machine:
         self.budget = budget
         self.storages = storages  # whether persistent ids, which refer to tensor storages, are allowed
         self.stack: list[Any] = []
-        self.memo: list[
-            Any
-        ] = []  # a list: indices are consecutive, and a dict would take ten times the memory
+        # A list, since indices are consecutive: a dict would take ten times the memory.
+        self.memo: list[Any] = []
         self.shared: set[int] = set()  # ids of containers that are referenced more than once
 
     def run(self) -> Any:
