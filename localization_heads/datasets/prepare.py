@@ -148,7 +148,7 @@ def _choose_split(options: FinderOptions, index: Index) -> str:
         raise UsageError(f"dataset_path={options.dataset_path}: it holds no reference")
     splits = _group_by_split(index.entries)
     names = {*splits, *(failure.split for failure in index.failures if failure.split)}
-    split = options.split or (next(iter(names)) if len(names) == 1 else "val")
+    split: str = options.split or (min(names) if len(names) == 1 else "val")
     if split in splits:
         return split
     failures = index.failures_of(split)
