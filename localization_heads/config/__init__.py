@@ -1,1 +1,1 @@
-"""Hydra configuration: one file a front end, one group an axis."""
+"""Presets for Hydra: one folder per option group, one file per preset."""
