@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's numbers for LLaVA-1.5-7B, end to end on one GPU: heads, RefCOCO val, and a comparison with what was published.
-# docs/reproduce-llava.md explains each step, and says what is expected.
+# docs/reproduce-llava.md explains each step and the expected results.
 #
 #   examples/reproduce_llava.sh REFER_FOLDER COCO_IMAGES [NAME=VALUE ...]
 #
@@ -21,20 +21,20 @@ model=${MODEL:-llava} samples=${SAMPLES:-1000} limit=${LIMIT:-}
 data=outputs/datasets folder=outputs/localization_heads
 for option in "$@"; do [[ $option != output_dir=* ]] || folder=${option#output_dir=}; done
 
-echo "== 1/4 RefCOCO as JSON lines: a pool of train to find heads in, and val to score on"
+echo "== 1/4 RefCOCO as JSON lines: train to find heads on, and val to score"
 prepare=(stage=prepare dataset=refcoco dataset_path="$refer" images="$images")
 locheads "${prepare[@]}" split=train num_samples=$((5 * samples))
 locheads "${prepare[@]}" split=val ${limit:+num_samples="$limit"}
 pool=$(ls -t "$data"/refcoco-train*.jsonl | head -n 1)
 val=$(ls -t "$data"/refcoco-val*.jsonl | head -n 1)
 
-echo "== 2/4 Is the model read as it should be?"
+echo "== 2/4 Is the model read correctly?"
 locheads stage=doctor model="$model" "$@"
 
 echo "== 3/4 Heads, without labels: five draws of $samples"
 locheads stage=find data_file="$pool" num_samples="$samples" num_trials=5 model="$model" "$@"
 
-echo "== 4/4 Boxes: by the paper's read-out, and by the one that a newcomer gets"
+echo "== 4/4 Boxes: by the paper's read-out and by the default one"
 heads=$(ls -d "$folder/$model/heads.json")
 for grounding in paper sharp; do
     locheads stage=evaluate data_file="$val" grounding=$grounding heads="$heads" model="$model" "$@"

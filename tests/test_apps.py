@@ -1,4 +1,4 @@
-"""`visualize_attention.py` and `cli_llava.py` as a user meets them."""
+"""The commands `visualize_attention.py` and `cli_llava.py`, end to end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYERS, HEADS = 5, 4
 
 @pytest.fixture
 def front(front: Front) -> Front:
-    """An image, and two attention files of no model in particular."""
+    """An image and two attention files of an unnamed model."""
     draw_image(front.folder / "cat.png")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -54,12 +54,17 @@ def front(front: Front) -> Front:
 # ---------------------------------------------------------------------------------------- visualize_attention
 
 
-def figures_in(folder: str = ".") -> set[str]:
+def figures_in(folder: str | Path = ".") -> set[str]:
     return {path.name for path in Path(folder).glob("*.png")} - {"cat.png"}
 
 
-def test_single_shows_the_top_heads(front: Front) -> None:
-    """Real figures, beside the file."""
+def failures_in(out: str) -> str:
+    """The table of failed entries, without line breaks."""
+    return " ".join(out[out.index("Entries that failed") :].split())
+
+
+def test_single_draws_the_top_heads(front: Front) -> None:
+    """Real figures, next to the attention file."""
     result = front.visualize("mode=single", "attention_file=a.pkl", "show_components=true", "top_k=2")
     assert result.status == 0, result.err
     names = figures_in()
@@ -70,14 +75,16 @@ def test_single_shows_the_top_heads(front: Front) -> None:
         assert np.asarray(Image.open(name).convert("L")).std() > 1, "an empty figure"
 
 
-def test_single_shows_one_head(front: Front) -> None:
+def test_single_draws_one_head(front: Front) -> None:
     result = front.visualize("attention_file=a.pkl", "layer=3", "head=1", "show_components=true")
     assert result.status == 0, result.err
     assert figures_in() == {"a_visualization_L3H1.png", "a_components_L3H1.png"}
 
 
-def test_what_is_drawn(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The named head alone without a box, or as many as `top_k` with the box of the best `k`."""
+def test_single_draws_a_named_head_or_the_top_heads_with_their_box(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`top_k` heads are drawn, and the box is that of the best `k`."""
     from localization_heads import figures
 
     drawn: list[tuple[list[Any], Any]] = []
@@ -94,8 +101,7 @@ def test_what_is_drawn(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     assert grounding.heads == tuple(heads[:2])
 
 
-def test_where_figures_go(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`output_dir` instead of beside the file; nowhere with `save_fig=false`."""
+def test_figures_are_saved_in_output_dir_or_not_at_all(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_figures(monkeypatch)
     assert front.visualize("attention_file=a.pkl", "output_dir=figures/new").status == 0
     assert figures_in("figures/new") == {"a_visualization.png"}
@@ -104,7 +110,7 @@ def test_where_figures_go(front: Front, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["layer=3"], "layer= and head= go together"),
         (["head=3"], "layer= and head= go together"),
@@ -119,11 +125,11 @@ def test_where_figures_go(front: Front, monkeypatch: pytest.MonkeyPatch) -> None
         (["output_dir=cat.png"], "choose another output_dir"),
     ],
 )
-def test_wrong_use_of_single(front: Front, options: list[str], said: str) -> None:
-    given = ["attention_file=a.pkl", *options] if "attention_file=cat.png" not in options else options
-    result = front.visualize(*given)
+def test_wrong_use_of_single(front: Front, options: list[str], message: str) -> None:
+    file = [] if "attention_file=cat.png" in options else ["attention_file=a.pkl"]
+    result = front.visualize(*file, *options)
     assert result.status == 2, result.err
-    assert said in one_line(result.err)
+    assert message in one_line(result.err)
     assert figures_in() == set()
 
 
@@ -150,7 +156,7 @@ def test_batch_draws_every_entry(front: Front, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_batch_of_the_finders_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `stage=batch` wrote, relative to the data file's own folder as well."""
+    """Paths may be relative to the data file's folder."""
     stub_figures(monkeypatch)
     Path("sub").mkdir()
     Path("a.pkl").rename("sub/a.pkl")
@@ -159,8 +165,8 @@ def test_batch_of_the_finders_files(front: Front, monkeypatch: pytest.MonkeyPatc
     assert figures_in("sub") == {"a_visualization.png"}
 
 
-def test_no_figure_of_a_batch_is_lost(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every entry has its own file, named after its id and its head; one that would write over another is refused."""
+def test_no_figure_of_a_batch_is_overwritten(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry has its own file, named after its id and head; one that would overwrite another is refused."""
     stub_figures(monkeypatch)
     Path("other").mkdir()
     Path("other/a.pkl").write_bytes(Path("b.pkl").read_bytes())
@@ -181,56 +187,55 @@ def test_no_figure_of_a_batch_is_lost(front: Front, monkeypatch: pytest.MonkeyPa
     assert result.out.count("wrote ") == 5
     assert "its figures would write over those of line 1" in result.out
     assert "its figure is that of line 2 already" in result.out
-    result = front.visualize("mode=batch", "data_file=data.jsonl")  # beside their files they do not meet
+    result = front.visualize("mode=batch", "data_file=data.jsonl")  # each in the folder of its attention file
     assert figures_in("other") == {"a_visualization.png"}
 
 
 def test_a_batch_finds_files_by_id_and_under_other_models(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An id alone, and the path of the first document, as with `attention_file=`; several candidates are named."""
+    """By id alone, or by a path under another model, as with `attention_file=`. Several candidates are an error."""
     stub_figures(monkeypatch)
     outputs = Path("outputs/localization_heads")
     for model, name in (("tiny", "x"), ("tiny", "y"), ("other", "y")):
         (outputs / model / "attention").mkdir(parents=True, exist_ok=True)
         (outputs / model / "attention" / f"{name}.pkl").write_bytes(Path("a.pkl").read_bytes())
-    asked = outputs / "llava/attention"
+    llava = outputs / "llava/attention"
     write_lines(
         Path("data.jsonl"),
         [
             {"id": "x"},
-            {"id": "again", "attention_file": f"{asked}/x.pkl"},
+            {"id": "again", "attention_file": f"{llava}/x.pkl"},
             {"id": "y"},
-            {"id": "y", "attention_file": f"{asked}/y.pkl"},
+            {"id": "y", "attention_file": f"{llava}/y.pkl"},
             {"id": "z"},
         ],
     )
     result = front.visualize("mode=batch", "data_file=data.jsonl")
     assert result.status == 1
-    assert figures_in(f"{outputs}/tiny/attention") == {"x_visualization.png", "again_visualization.png"}
-    report = " ".join(result.out[result.out.index("Entries that failed") :].split())
+    assert figures_in(outputs / "tiny/attention") == {"x_visualization.png", "again_visualization.png"}
+    report = failures_in(result.out)
     assert "there is no outputs/localization_heads/*/attention/z.pkl" in report
-    result = front.visualize(f"attention_file={asked}/y.pkl")
+    result = front.visualize(f"attention_file={llava}/y.pkl")
     assert result.status == 2
     choices = "name one of outputs/localization_heads/other/attention/y.pkl, outputs/localization_heads/tiny/"
     assert choices in one_line(result.err)
     assert report.count("name one of") == 2
 
 
-def test_a_file_full_of_absurd_weights_fails_alone(front: Front) -> None:
-    """Sums of 3e38 overflow float32: the batch ended with an error of numpy's."""
+def test_a_file_with_weights_above_1_fails_alone(front: Front) -> None:
+    """Sums of 3e38 would overflow float32."""
     maps = pickle.loads(Path("a.pkl").read_bytes())
     Path("huge.pkl").write_bytes(pickle.dumps({**maps, "attention": np.full_like(maps["attention"], 3e38)}))
     write_lines(Path("data.jsonl"), [{"attention_file": "huge.pkl"}, {"attention_file": "a.pkl"}])
     result = front.visualize("mode=batch", "data_file=data.jsonl")
     assert result.status == 1
     assert figures_in() == {"a_visualization.png"}
-    report = " ".join(result.out[result.out.index("Entries that failed") :].split())
-    assert "attention holds values above 1, which no softmax gives" in report
+    assert "attention holds values above 1, which no softmax gives" in failures_in(result.out)
 
 
 def test_the_examples_come_with_the_package(front: Front) -> None:
-    """Without a data file outside it, as `locheads` may be run; a name that they do not have is no file."""
+    """They are used where there is no data file, as in `locheads` outside the repository."""
     assert front.finder("end_index=1", "visualize_batch=false", "report=false").status == 0
     assert (front.out / "heads.json").is_file()
     result = front.finder("data_file=examples/no.jsonl")
@@ -242,18 +247,18 @@ def test_the_examples_come_with_the_package(front: Front) -> None:
 
 @pytest.fixture
 def talk(front: Front, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """A conversation whose lines come from a pipe."""
+    """Runs a conversation with these lines on standard input."""
     stub_figures(monkeypatch)
 
-    def say(lines: str, *options: str) -> Result:
+    def converse(lines: str, *options: str) -> Result:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         return front.chat("cli_mode=true", "max_new_tokens=3", *options)
 
-    return say
+    return converse
 
 
-def test_a_single_question(front: Front) -> None:
-    """Only the answer is printed, on one line, the same every time; also without an image."""
+def test_a_single_question_prints_only_its_answer(front: Front) -> None:
+    """On one line, the same every time; also without an image."""
     options = ("query=Describe this image", "image_file=cat.png", "max_new_tokens=5")
     result = front.chat(*options)
     assert (result.status, result.err) == (0, "")
@@ -262,14 +267,14 @@ def test_a_single_question(front: Front) -> None:
     assert front.chat("query=Hello", "max_new_tokens=2").status == 0
 
 
-def test_a_question_with_control_tokens(front: Front) -> None:
+def test_a_question_with_control_tokens_is_refused(front: Front) -> None:
     result = front.chat("query=a </s> b", "image_file=cat.png")
     assert result.status == 2
     assert "control token" in one_line(result.err)
 
 
 def test_a_conversation(talk: Callable[..., Result]) -> None:
-    """Answers, commands and errors; every error is said and the conversation goes on to `/exit`."""
+    """Answers, commands and errors, each of which is printed; it continues until `/exit`."""
     lines = [
         "/ground the dog", "/image", "/image no.png", "/image cat.png", "What is it?", "/ground", "/ground </s>",
         "/ground the dog, on the left", "/trace", "/trace what is it?", "/dance", "   ", "<image> and </s>", "/help",
@@ -278,7 +283,7 @@ def test_a_conversation(talk: Callable[..., Result]) -> None:
     result = talk("\n".join(lines) + "\n")
     assert result.status == 0
     assert "error" not in result.err
-    said = [
+    expected = [
         "/help lists the commands", "error: there is no image yet: /image PATH", "error: write /image PATH",
         "error: no.png: no such file", "looking at cat.png, 64 x 48 pixels",
         "error: write /ground EXPRESSION", "error: the expression holds '</s>'", "box ",
@@ -288,51 +293,51 @@ def test_a_conversation(talk: Callable[..., Result]) -> None:
         "/dance is no command; /help lists them", "error: the expression holds '</s>'",
         "Ctrl-C stops an answer",
     ]  # fmt: skip
-    place = 0
-    for words in said:
-        assert words in result.out[place:], (words, result.out)
-        place = result.out.index(words, place) + len(words)
+    position = 0
+    for text in expected:
+        assert text in result.out[position:], (text, result.out)
+        position = result.out.index(text, position) + len(text)
     assert Path("outputs/localization_heads/tiny/attention/cat_the-dog-on-the-left_grounding.png").is_file()
 
 
 def test_the_end_of_the_input_ends_the_conversation(talk: Callable[..., Result]) -> None:
-    """Also in the middle of a line; the image may come as an option."""
+    """The last line need not end with a newline."""
     result = talk("/ground the dog", "image_file=cat.png")
     assert result.status == 0
     assert "box " in result.out
 
 
 @pytest.mark.parametrize("conv_mode", ["plain", "nonsense"])
-def test_heads_are_asked_as_they_were_found(
+def test_ground_uses_the_prompt_that_the_heads_were_found_with(
     talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, conv_mode: str
 ) -> None:
-    """The conversation has the model's template, and the heads the prompt that their file names."""
-    asked: list[str] = []
+    """The conversation itself uses the model's chat template."""
+    conv_modes: list[str] = []
     head = {"layer": 2, "head": 0, "selection_frequency": 1, "selection_frequency_std": 0}
     ranking = {
         "version": 1, "model": "x", "num_samples": 1, "num_trials": 1, "tau": 0.1, "top_n": 1, "exclude_layers": 2,
         "heads": [{**head, "attention_sum": 0.5, "spatial_entropy": None}], "found_with": {"conv_mode": conv_mode},
     }  # fmt: skip
     Path("mine.json").write_text(json.dumps(ranking))
-    right = terminal.ground
+    ground = terminal.ground
     monkeypatch.setattr(
-        terminal, "ground", lambda lvlm, *a, **k: asked.append(lvlm.conv_mode) or right(lvlm, *a, **k)
+        terminal, "ground", lambda lvlm, *a, **k: conv_modes.append(lvlm.conv_mode) or ground(lvlm, *a, **k)
     )
     assert talk("/ground the dog\n", "image_file=cat.png", "heads=mine.json", "k=1").status == 0
-    assert asked == ["plain" if conv_mode == "plain" else "referseg"]
+    assert conv_modes == ["plain" if conv_mode == "plain" else "referseg"]
 
 
-def test_wrong_heads_are_said(talk: Callable[..., Result]) -> None:
+def test_a_head_that_does_not_exist_is_reported(talk: Callable[..., Result]) -> None:
     result = talk("/ground the dog\n/help\n", "image_file=cat.png", "heads=[99-0]")
     assert result.status == 0
     assert "error: heads: there is no L99H0" in result.out
     assert "/exit" in result.out
 
 
-def test_another_image_is_another_conversation(
+def test_another_image_starts_a_new_conversation(
     talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the model is asked after `/image` knows nothing of the turns before."""
+    """After `/image`, the prompt contains no earlier turns."""
     prompts: list[tuple[tuple[int, int] | None, str]] = []
 
     def answer(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
@@ -375,13 +380,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
                 raise KeyboardInterrupt
             return line
 
-    read = terminal.line_reader
+    read = terminal.make_line_reader
 
     def keyboard() -> Callable[[], str]:
         monkeypatch.setattr(sys, "stdin", Keyboard())
         return read()
 
-    monkeypatch.setattr(terminal, "line_reader", keyboard)
+    monkeypatch.setattr(terminal, "make_line_reader", keyboard)
     result = talk("", "image_file=cat.png")
     assert result.status == 0
     for words in ("well [stopped]", "stopped\n", "/exit leaves", "Ctrl-D"):
@@ -391,12 +396,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
 def test_a_real_ctrl_c_stops_the_model(
     front: Front, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The signal arrives while the model generates; its thread ends, and what was said is kept."""
+    """The signal arrives while the model generates. Its thread ends, and the partial answer is kept."""
     from front import cached_load_model
 
     lvlm = cached_load_model("tiny", device="cpu", conv_mode="chat")
     settings = lvlm.model.generation_config
-    # One word for hours: of what else it might say, some is not shown, and some has no blanks to be shown at.
+    # Only one word can be generated, since some other tokens are not printed, or not until the next blank.
     words = lvlm.processor.tokenizer.get_vocab()
     monkeypatch.setattr(settings, "suppress_tokens", [id for word, id in words.items() if word != "dog"])
     conversation = answers.Conversation(lvlm, Image.open("cat.png"), max_new_tokens=100_000)
@@ -417,7 +422,7 @@ def test_a_real_ctrl_c_stops_the_model(
 
 
 @pytest.mark.parametrize(
-    ("target", "error", "line", "said"),
+    ("target", "error", "line", "message"),
     [
         (
             "transformers.generation.GenerationMixin.generate",
@@ -439,7 +444,7 @@ def test_no_failure_ends_the_conversation(
     target: str,
     error: Exception,
     line: str,
-    said: str,
+    message: str,
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -447,12 +452,14 @@ def test_no_failure_ends_the_conversation(
     monkeypatch.setattr(target, fail)
     result = talk(f"{line}\n/help\n", "image_file=cat.png")
     assert result.status == 0
-    assert said in result.out
+    assert message in result.out
     assert "/exit" in result.out
 
 
-def test_nothing_of_an_answer_is_obeyed(talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A control sequence that comes in pieces, too; the lines of an answer stay."""
+def test_control_sequences_are_not_printed(
+    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if they are generated in pieces. Line breaks of an answer are kept."""
 
     def answer(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
         yield from ("a\nb\u001b", "[2J", "c\u202e")
@@ -464,33 +471,32 @@ def test_nothing_of_an_answer_is_obeyed(talk: Callable[..., Result], monkeypatch
 
 
 def chat_process(folder: Path, *options: str | bytes, lines: bytes = b"") -> tuple[int, list[str], str]:
-    """`cli_llava.py` in a real process: its status, its lines, and what it writes to standard error."""
+    """Run `cli_llava.py` in a process; returns its status, its output lines, and its standard error."""
     draw_image(folder / "cat.png")
     run = [sys.executable, str(ROOT / "cli_llava.py"), "image_file=cat.png", "max_new_tokens=2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     command = list(map(os.fsencode, [*run, *options]))
-    ended = subprocess.run(command, input=lines, capture_output=True, cwd=folder, env=env, check=False)
-    return ended.returncode, ended.stdout.decode().splitlines(), ended.stderr.decode()
+    result = subprocess.run(command, input=lines, capture_output=True, cwd=folder, env=env, check=False)
+    return result.returncode, result.stdout.decode().splitlines(), result.stderr.decode()
 
 
-def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
+def test_undecodable_text_fails_its_line_only(tmp_path: Path) -> None:
     """Latin-1 bytes from a pipe (`printf ... | python cli_llava.py cli_mode=true`) and in an argument."""
     lines = b"un caf\xe9?\n/caf\xe9\nWhat is it?\n/nonsense\n/exit\n"
-    status, said, err = chat_process(tmp_path, "cli_mode=true", lines=lines)
+    status, out, err = chat_process(tmp_path, "cli_mode=true", lines=lines)
     assert status == 0 and "Traceback" not in err, err
-    assert said[0] == "embedded: /help lists the commands"
-    assert said[1].startswith("error: the expression is not valid Unicode text")
-    assert [said[2], said[4]] == [
-        f"/{word} is no command; /help lists them" for word in ("caf\ufffd", "nonsense")
-    ]
-    assert len(said) == 5
+    assert out[0] == "embedded: /help lists the commands"
+    assert out[1].startswith("error: the expression is not valid Unicode text")
+    assert out[2] == "/caf\ufffd is no command; /help lists them"
+    assert out[4:] == ["/nonsense is no command; /help lists them"]
     status, _, err = chat_process(tmp_path, b"query=un caf\xe9?")
     assert status == 2
     assert "not valid Unicode" in one_line(err)
 
 
-def test_the_finders_maps_are_what_the_viewer_draws(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one command to the other, through the file."""
+def test_the_viewer_draws_an_attention_file_of_the_finder(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stub_figures(monkeypatch)
     assert front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=x").status == 0
     path = front.out / "attention/x.pkl"
@@ -500,10 +506,10 @@ def test_the_finders_maps_are_what_the_viewer_draws(front: Front, monkeypatch: p
     assert (front.out / f"attention/x_components_L{last}H0.png").is_file()
 
 
-def test_the_first_document_names_a_head_of_another_model(
+def test_file_and_head_of_a_missing_model_are_replaced_with_a_note(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With that model's file missing, its head is replaced with a note as the file is; never without both."""
+    """A head is replaced only together with the file."""
     stub_figures(monkeypatch)
     folder = Path("outputs/localization_heads/tiny/attention")
     folder.mkdir(parents=True, exist_ok=True)
@@ -517,12 +523,12 @@ def test_the_first_document_names_a_head_of_another_model(
     assert front.visualize(f"attention_file={folder}/x.pkl", "layer=20", "head=50").status == 2
 
 
-# ------------------------------------------------------------------------------------------------ a real keyboard
+# ------------------------------------------------------------------------------------------------- terminal
 
 
 @contextmanager
 def keyboard(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """A terminal with history in a folder: the keys to send, and how lines are read from them."""
+    """A terminal with its history in a folder; yields the input for keys, and a function that reads a line."""
     from prompt_toolkit.application import create_app_session
     from prompt_toolkit.input import create_pipe_input
     from prompt_toolkit.output import DummyOutput
@@ -530,18 +536,19 @@ def keyboard(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[tuple[An
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        yield keys, terminal.line_reader()
+        yield keys, terminal.make_line_reader()
 
 
-def typed(keys: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
-    """The line that these keys make in a new conversation."""
-    with keyboard(monkeypatch, folder) as (board, read):
-        board.send_text(keys)
+def read_typed(text: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    """The line that these keys give in a new conversation."""
+    with keyboard(monkeypatch, folder) as (keys, read):
+        keys.send_text(text)
         return read()
 
 
-def test_a_terminal_has_editing_and_its_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A line, a corrected line, Ctrl-C and Ctrl-D."""
+def test_a_terminal_supports_editing_ctrl_c_and_ctrl_d(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with keyboard(monkeypatch, tmp_path) as (keys, read):
         keys.send_text("hello\nhex\x7fy\n")
         assert [read(), read()] == ["hello", "hey"]
@@ -553,18 +560,14 @@ def test_a_terminal_has_editing_and_its_keys(monkeypatch: pytest.MonkeyPatch, tm
             read()
 
 
-def test_earlier_lines_come_back_in_the_next_conversation(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert typed("/ground the dog\r", monkeypatch, tmp_path) == "/ground the dog"
+def test_the_history_is_kept_between_conversations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """If its folder is not writable, it is kept in memory."""
+    assert read_typed("/ground the dog\r", monkeypatch, tmp_path) == "/ground the dog"
     up = "\x1b[A"
-    assert typed(f"{up}\r", monkeypatch, tmp_path) == "/ground the dog"
-    assert (tmp_path / "localization-heads" / "history").is_file()
-
-
-def test_a_history_that_cannot_be_kept_is_no_trouble(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    assert typed("hello\r", monkeypatch, tmp_path / "file") == "hello"
+    assert read_typed(f"{up}\r", monkeypatch, tmp_path) == "/ground the dog"
+    history = tmp_path / "localization-heads" / "history"
+    assert history.is_file()
+    assert read_typed("hello\r", monkeypatch, history) == "hello"
 
 
 def test_commands_and_files_are_completed(tmp_path: Path) -> None:

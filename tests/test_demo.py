@@ -1,4 +1,4 @@
-"""The demo: what a question, a click and a slider do; and the page itself in a browser, where there is one."""
+"""The demo: its questions, clicks and sliders, and, if Chromium is installed, the page in a browser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,15 +25,15 @@ from scipy import ndimage
 
 from localization_heads.apps.demo import drawing, guard
 from localization_heads.apps.demo.session import (
-    Asked,
-    Turns,
+    ModelQueue,
+    Question,
     as_json,
     ask,
+    check_number,
     example_images,
-    number,
     parse_heads,
     split_expressions,
-    toggled,
+    toggle,
 )
 from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.cells import box_iou
@@ -66,127 +66,103 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> DemoRun:
 
 
 @pytest.fixture
-def asked(run: DemoRun) -> Asked:
+def question(run: DemoRun) -> Question:
     image, expression = example_images(1)[0]
     return ask(run, image, f"{expression}; something else")
 
 
+def check_k(value: object) -> float:
+    return check_number("k", value, 1, 10)
+
+
+NOT_A_K = (float("nan"), 1e400, 10**30, 0, 11, -1, "", "3", None, True, [3], {"k": 3}, "9" * 10_000)
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("check", "value", "message"),
     [
-        ("", "what to look for"),
-        (" ; \n", "what to look for"),
-        ("a;b;c;d;e;f;g", "at most 6"),
-        ("y" * 301, "an expression: at most 300 characters, not 301"),
-        ("y;" * 903 + "y", "expressions: at most 1,806 characters, not 1,807"),
-        (None, "a text, not None"),
+        (split_expressions, "", "what to look for"),
+        (split_expressions, " ; \n", "what to look for"),
+        (split_expressions, "a;b;c;d;e;f;g", "at most 6"),
+        (split_expressions, "y" * 301, "an expression: at most 300 characters, not 301"),
+        (split_expressions, "y;" * 903 + "y", "expressions: at most 1,806 characters, not 1,807"),
+        (split_expressions, None, "a text, not None"),
+        (parse_heads, "third", "names no head"),
+        (parse_heads, "1" * 20_001, "heads: at most 20,000 characters, not 20,001"),
+        (parse_heads, "1" * 20_000, "a head: at most 20 characters, not 20,000"),
+        (parse_heads, ["L2H0"], "heads: a text"),
+        (parse_heads, None, "a text, not None"),
+        *((check_k, value, "k: a number from 1 to 10, not ") for value in NOT_A_K),
     ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else None,
 )
-def test_texts_that_name_nothing(text, said):
-    with pytest.raises(UsageError, match=said):
-        split_expressions(text)
+def test_an_invalid_field_is_refused_quickly_and_in_a_short_sentence(check, value, message):
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=message) as caught:
+        check(value)
+    assert time.monotonic() - started < 1
+    assert len(str(caught.value)) < 100
 
 
-def test_a_question_without_an_image(run):
+def test_valid_fields_are_read():
+    assert [check_k(value) for value in (1, 2.5, 10)] == [1, 2.5, 10]
+    assert parse_heads("L2H0, 3-1 L2H0") == [Head(2, 0), Head(3, 1)]
+    assert toggle([Head(2, 0)], Head(3, 1)) == [Head(2, 0), Head(3, 1)]
+    assert toggle([Head(2, 0), Head(3, 1)], Head(2, 0)) == [Head(3, 1)]
+
+
+def test_images_are_refused_by_their_header(run, tmp_path):
+    """32 megapixels pass until they are decoded; one more row does not. Errors contain no path of this machine."""
+    for height, message in (
+        (8000, "cannot be used: broken"),
+        (8001, "4000 x 8001 pixels: at most 32 megapixels"),
+    ):
+        (tmp_path / "header.ppm").write_bytes(b"P6 4000 %d 255\n" % height)
+        with pytest.raises(UsageError, match=message) as caught:
+            ask(run, tmp_path / "header.ppm", "the dog")
+        assert str(tmp_path) not in str(caught.value)
+    truncated = tmp_path / "truncated.png"  # Pillow reads EXIF data of a PNG by decoding it
+    Image.new("1", (4000, 8001)).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
+    with pytest.raises(UsageError, match="4000 x 8001 pixels"):
+        ask(run, truncated, "the dog")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(UsageError, match=r"^the image cannot be used: not an image in a known format"):
+        ask(run, tmp_path / "text.png", "the dog")
     with pytest.raises(UsageError, match="choose an image"):
         ask(run, None, "the dog")
 
 
-def test_heads_from_text_and_clicks():
-    assert parse_heads("L2H0, 3-1 L2H0") == [Head(2, 0), Head(3, 1)]
-    assert toggled([Head(2, 0)], Head(3, 1)) == [Head(2, 0), Head(3, 1)]
-    assert toggled([Head(2, 0), Head(3, 1)], Head(2, 0)) == [Head(3, 1)]
-    with pytest.raises(UsageError, match="names no head"):
-        parse_heads("third")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("1" * 20_001, "heads: at most 20,000 characters, not 20,001"),
-        ("1" * 20_000, "a head: at most 20 characters, not 20,000"),
-        (["L2H0"], "heads: a text"),
-        (None, "a text, not None"),
-    ],
-)
-def test_a_heads_field_is_bounded(text, said):
-    started = time.monotonic()
-    with pytest.raises(UsageError, match=said):
-        parse_heads(text)
-    assert time.monotonic() - started < 1
-
-
-@pytest.mark.parametrize(
-    "value", [float("nan"), 1e400, 10**30, 0, 11, -1, "", "3", None, True, [3], {"k": 3}]
-)
-def test_numbers_that_no_slider_sends(value):
-    with pytest.raises(UsageError, match="k: a number from 1 to 10, not "):
-        number("k", value, 1, 10)
-
-
-def test_numbers_that_a_slider_sends():
-    assert (number("k", 1, 1, 10), number("k", 2.5, 1, 10), number("k", 10, 1, 10)) == (1, 2.5, 10)
-    with pytest.raises(UsageError) as caught:
-        number("k", "9" * 10_000, 1, 10)
-    assert len(str(caught.value)) < 100
-
-
-def header_only(path: Path, width: int, height: int) -> Path:
-    """An image that says its size and holds nothing."""
-    path.write_bytes(b"P6 %d %d 255\n" % (width, height))
-    return path
-
-
-def test_images_are_refused_by_their_header(run, tmp_path):
-    """32 megapixels pass, until they are decoded; a line more does not. Nothing names a place on this machine."""
-    for height, said in (
-        (8000, "cannot be used: broken"),
-        (8001, "4000 x 8001 pixels: at most 32 megapixels"),
-    ):
-        with pytest.raises(UsageError, match=said) as caught:
-            ask(run, header_only(tmp_path / "header.ppm", 4000, height), "the dog")
-        assert str(tmp_path) not in str(caught.value)
-    Image.new("1", (4000, 8001)).save(
-        tmp_path / "cut.png"
-    )  # in which Pillow looks for camera data by decoding it
-    content = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UsageError, match="4000 x 8001 pixels"):
-        ask(run, tmp_path / "cut.png", "the dog")
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(UsageError, match=r"^the image cannot be used: not an image in a known format"):
-        ask(run, tmp_path / "text.png", "the dog")
-
-
-def test_large_images_are_kept_small_and_answered_in_their_own_pixels(run):
+def test_a_large_image_is_stored_small_and_grounded_in_its_own_pixels(run):
     image, expression = example_images(1)[0]
-    asked = ask(run, image.resize((4096, 512)), expression)
-    assert asked.image.size == (2048, 256)
-    assert asked.num_bytes == 3 * 2048 * 256 + 4 * asked.maps[0].attention.size
-    answer = asked.answers(asked.ranked[:3], GroundingOptions())[0]
-    assert answer.mask.shape == (512, 4096)
-    half = drawing.resized(answer, (2048, 128))
-    assert half.box == tuple(edge * scale for edge, scale in zip(answer.box, (0.5, 0.25) * 2, strict=True))
+    question = ask(run, image.resize((4096, 512)), expression)
+    assert question.image.size == (2048, 256)
+    assert question.num_bytes == 3 * 2048 * 256 + 4 * question.maps[0].attention.size
+    grounding = question.ground(question.ranked[:3], GroundingOptions())[0]
+    assert grounding.mask.shape == (512, 4096)
+    half = drawing.resized(grounding, (2048, 128))
+    assert half.box == tuple(edge * scale for edge, scale in zip(grounding.box, (0.5, 0.25) * 2, strict=True))
     assert half.mask.shape == (128, 2048)
-    assert "mask" not in drawing.resized(answer, (20, 20)).__dict__
-    assert drawing.draw_boxes(asked.image, [answer], ["the dog"], longest=None).size == (2048, 256)
+    assert "mask" not in drawing.resized(grounding, (20, 20)).__dict__
+    drawn = drawing.draw_boxes(question.image, [grounding], ["the dog"], longest_side=None)
+    assert drawn.size == (2048, 256)
 
 
 def test_visitors_take_turns_at_the_model():
-    """Two questions of three passes each, the second asked during the first pass of the first."""
-    turns, order, begun, go = Turns(), [], threading.Event(), threading.Event()
+    """Two questions of three passes each; the second is asked during the first pass of the first."""
+    queue, order, begun, go = ModelQueue(), [], threading.Event(), threading.Event()
 
-    def work(name: str) -> None:
+    def forward_pass(name: str) -> None:
         order.append(name)
         begun.set()
         go.wait(10)
-        time.sleep(0.15)  # the one before queues again
+        time.sleep(0.15)  # so that the previous question queues its next pass
 
-    def question(name: str) -> None:
+    def ask_three(name: str) -> None:
         for _ in range(3):
-            turns.take(work, name)
+            queue.run(forward_pass, name)
 
-    threads = [threading.Thread(target=question, args=(name,)) for name in "AB"]
+    threads = [threading.Thread(target=ask_three, args=(name,)) for name in "AB"]
     threads[0].start()
     begun.wait(10)
     threads[1].start()
@@ -197,49 +173,46 @@ def test_visitors_take_turns_at_the_model():
     assert "".join(order) == "ABABAB"
 
 
-def test_room_for_images_that_are_asked_about():
-    """A second large image waits, a small one passes it by; the fourth question finds no place."""
-    turns, entered = Turns(places=3, max_bytes=10), threading.Event()
+def test_questions_wait_for_memory_for_their_image():
+    """A second large image waits, a small one overtakes it, and a fourth question is refused."""
+    queue, entered = ModelQueue(max_questions=3, max_bytes=10), threading.Event()
 
-    def second() -> None:
-        with turns.room(8):
+    def second_question() -> None:
+        with queue.reserve(8):
             entered.set()
 
-    waiting = threading.Thread(target=second)
-    with turns.room(8):
+    waiting = threading.Thread(target=second_question)
+    with queue.reserve(8):
         waiting.start()
-        with turns.room(2):
+        with queue.reserve(2):
             assert not entered.wait(0.2)
-            with pytest.raises(UsageError, match="too many visitors"), turns.room(1):
+            with pytest.raises(UsageError, match="too many visitors"), queue.reserve(1):
                 pass
     assert entered.wait(10)
     waiting.join()
-    with turns.room(100):  # more than there is, but alone
+    with queue.reserve(100):  # a single question may exceed the limit
         pass
 
 
-def test_answers_are_those_of_ground(run, asked):
+def test_groundings_are_those_of_ground(run, question):
     import localization_heads as lh
 
-    same = lh.ground(run.lvlm, asked.image, asked.expressions[0], segmenter=None)
-    (found, _) = asked.answers(run.lvlm.known_heads, run.options.grounding)
-    assert found.box == same.box
-    assert list(asked.ranked[:3]) == list(run.lvlm.known_heads[:3])
-
-
-def test_no_head_or_one_that_is_not_there(asked):
+    expected = lh.ground(run.lvlm, question.image, question.expressions[0], segmenter=None)
+    (grounding, _) = question.ground(run.lvlm.known_heads, run.options.grounding)
+    assert grounding.box == expected.box
+    assert list(question.ranked[:3]) == list(run.lvlm.known_heads[:3])
     with pytest.raises(UsageError, match="at least one head"):
-        asked.answers([], GroundingOptions())
+        question.ground([], GroundingOptions())
     with pytest.raises(UsageError, match="there is no L99H0"):
-        asked.answers([Head(99, 0)], GroundingOptions())
+        question.ground([Head(99, 0)], GroundingOptions())
 
 
-def test_the_download_holds_the_answers(asked):
-    answers = asked.answers(asked.ranked[:3], GroundingOptions())
-    entries = json.loads(json.dumps(as_json(asked, answers)))
-    assert [entry["expression"] for entry in entries] == list(asked.expressions)
-    assert entries[0]["bbox"] == pytest.approx(answers[0].box, abs=0.01)
-    assert np.array_equal(read_mask(entries[0]["mask"], asked.image.size), answers[0].mask)
+def test_the_download_has_the_groundings(question):
+    groundings = question.ground(question.ranked[:3], GroundingOptions())
+    entries = json.loads(json.dumps(as_json(question, groundings)))
+    assert [entry["expression"] for entry in entries] == list(question.expressions)
+    assert entries[0]["bbox"] == pytest.approx(groundings[0].box, abs=0.01)
+    assert np.array_equal(read_mask(entries[0]["mask"], question.image.size), groundings[0].mask)
 
 
 @pytest.fixture
@@ -250,9 +223,9 @@ def visitors(tmp_path) -> Visitors:
 
 
 def visit(visitors: Visitors, name: str, num_bytes: int = 100, upload: Path | None = None) -> Any:
-    """What a question leaves: an answer, a file of it, and the image's file."""
-    with visitors.turn(name) as visitor:
-        visitor.asked = cast(Asked, SimpleNamespace(num_bytes=num_bytes))
+    """Leave what a question leaves: its state, a file of the answer, and the image's file."""
+    with visitors.request(name) as visitor:
+        visitor.question = cast(Question, SimpleNamespace(num_bytes=num_bytes))
         (visitor.new_folder() / "boxes.png").touch()
         if upload:
             upload.parent.mkdir(exist_ok=True)
@@ -261,29 +234,29 @@ def visit(visitors: Visitors, name: str, num_bytes: int = 100, upload: Path | No
     return visitor
 
 
-def test_the_visitor_who_came_first_makes_room(visitors):
+def test_the_least_recently_used_visitor_is_dropped(visitors):
     a, b = visit(visitors, "a"), visit(visitors, "b")
     visit(visitors, "a")
-    c = visit(visitors, "c")  # 300 bytes of 250: b, whom we saw last of all, goes
-    assert b.asked is None and not b.folder.exists()
-    assert a.asked and c.asked and visitors.num_bytes == 200
-    with pytest.raises(UsageError, match="press Ground"), visitors.turn("b") as visitor:
-        visitor.answer  # noqa: B018
+    c = visit(visitors, "c")  # 300 of 250 bytes: b, the least recently used, is dropped
+    assert b.question is None and not b.folder.exists()
+    assert a.question and c.question and visitors.num_bytes == 200
+    with pytest.raises(UsageError, match="press Ground"), visitors.request("b") as visitor:
+        visitor.require_question()
     visit(visitors, "d", 0), visit(visitors, "e", 0)
     assert len(visitors) == 3
     huge = visit(visitors, "huge", 1000)
-    assert huge.asked and visitors.num_bytes == 1000, "the last to ask has an answer, however large"
+    assert huge.question and visitors.num_bytes == 1000, "the last question is kept, whatever its size"
 
 
-def test_what_ends_with_a_visit(visitors, tmp_path):
-    """Answers and images go; not what others use, nor an example."""
+def test_the_files_of_a_visitor_are_removed_at_the_end(visitors, tmp_path):
+    """Except an image that another visitor uses, and the examples."""
     own, shared, example = (tmp_path / name / "a.png" for name in ("one", "two", "examples"))
     a = visit(visitors, "a", upload=own)
     assert visit(visitors, "a", upload=shared) is a
     assert not own.parent.exists(), "another image was chosen"
     visit(visitors, "b", upload=shared)
     visitors.end("a")
-    assert a.asked is None and not a.folder.exists() and shared.exists()
+    assert a.question is None and not a.folder.exists() and shared.exists()
     visitors.end("b")
     assert not shared.parent.exists()
     visit(visitors, "c", upload=example)
@@ -292,52 +265,52 @@ def test_what_ends_with_a_visit(visitors, tmp_path):
     assert example.exists() and not len(visitors) and not list((tmp_path / "answers").iterdir())
 
 
-def test_a_visit_that_ends_during_its_work(visitors):
-    with visitors.turn("a") as visitor:
+def test_a_page_closed_during_a_request_is_removed_after_it(visitors):
+    with visitors.request("a") as visitor:
         visitors.end("a")
         visitor.new_folder()
     assert not visitor.folder.exists()
 
 
-def test_the_page_closes_when_its_work_is_done(visitors):
+def test_closing_waits_for_running_requests(visitors):
     begun = threading.Event()
 
-    def work() -> None:
-        with visitors.turn("a") as visitor:
+    def request() -> None:
+        with visitors.request("a") as visitor:
             begun.set()
             time.sleep(0.3)
             visitor.new_folder()
 
-    worker = threading.Thread(target=work)
+    worker = threading.Thread(target=request)
     worker.start()
     begun.wait(10)
     visitors.close()
-    assert list(visitors.folder.iterdir()), "the work was not waited for"
+    assert list(visitors.folder.iterdir()), "the request was not waited for"
     worker.join()
-    with pytest.raises(UsageError, match="closing"), visitors.turn("a"):
+    with pytest.raises(UsageError, match="closing"), visitors.request("a"):
         pass
 
 
-def test_a_visitor_who_sends_more_than_he_waits_for(visitors):
-    """Four pieces of work wait, the fifth is refused at once; others are let in."""
-    with visitors.turn("a") as visitor:
-        visitor.waiting = 4
-        with pytest.raises(UsageError, match="still busy"), visitors.turn("a"):
+def test_a_fifth_pending_request_of_a_visitor_is_refused(visitors):
+    """Immediately, and without an effect on others."""
+    with visitors.request("a") as visitor:
+        visitor.num_pending = 4
+        with pytest.raises(UsageError, match="still busy"), visitors.request("a"):
             pass
-        with visitors.turn("b"):
+        with visitors.request("b"):
             pass
-        visitor.waiting = 1
+        visitor.num_pending = 1
 
 
-def test_answers_that_nobody_came_back_for(visitors, monkeypatch):
+def test_an_idle_visitor_is_dropped(visitors, monkeypatch):
     idle = visit(visitors, "a")
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3700)
     visit(visitors, "b")
-    assert idle.asked is None and len(visitors) == 1
+    assert idle.question is None and len(visitors) == 1
 
 
-def test_uploads_make_room_for_the_next(tmp_path):
+def test_the_oldest_uploads_are_removed(tmp_path):
     for age, name in enumerate(("new", "middle", "old")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(b"1234")
@@ -375,25 +348,25 @@ def test_requests_are_bounded(path, announced, chunks, status):
     scope = {"type": "http", "path": path, "headers": [(b"content-length", str(announced).encode())]}
     asyncio.run(bounded(scope, receive, send))
     assert sent[0]["status"] == status
-    assert bool(made_room) == (path == "/upload") and bounded.coming_in == 0
+    assert bool(made_room) == (path == "/upload") and bounded.bytes_in_flight == 0
 
 
-def test_a_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+def test_the_temporary_folder_is_removed_and_an_unusable_one_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "file"))
     with (
         pytest.raises(UsageError, match=r"^GRADIO_TEMP_DIR=.*file: .*; GRADIO_TEMP_DIR has to"),
-        guard.own_folder(),
+        guard.temporary_folder(),
     ):
         pass
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "new"))
-    with guard.own_folder() as folder:
+    with guard.temporary_folder() as folder:
         assert folder.parent == tmp_path / "new"
         assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "new") and not folder.exists()
 
 
-def test_a_port_that_is_taken_is_named():
+def test_an_address_that_cannot_be_bound_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"^host=127\.0\.0\.1 port={port}: Address already in use"):
@@ -406,19 +379,19 @@ def test_a_port_that_is_taken_is_named():
 PROXIED = {"ALL_PROXY": "socks5://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": "[::1]"}
 
 
-def test_proxies_and_certificates_are_set_aside(monkeypatch, caplog):
+def test_proxies_and_certificates_are_unset(monkeypatch, caplog):
     for name, value in {**PROXIED, "SSL_CERT_FILE": "/none.pem"}.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    with guard.direct_connections():
+    with guard.without_proxies():
         assert not {*PROXIED, "SSL_CERT_FILE"} & set(os.environ)
     assert dict(os.environ) == before
     assert not caplog.records
-    guard.note_missing_certificates()
+    guard.warn_of_missing_certificates()
     assert caplog.text.count("SSL_CERT_FILE=/none.pem: no such file or folder") == 1
 
 
-def test_every_cell_of_the_grid_is_its_head():
+def test_a_pixel_of_the_grid_gives_its_head():
     shape = (6, 8)
     cell = drawing.cell_size(shape)
     for layer, head in np.ndindex(shape):
@@ -432,8 +405,8 @@ def test_every_cell_of_the_grid_is_its_head():
     assert drawing.head_at(60, drawing.MARGIN + 6 * cell, shape) is None
 
 
-def test_the_grid_stands_on_the_ground_of_the_page():
-    """Clear where nothing is drawn; the labels are read on gradio's white and on its dark ground."""
+def test_the_grid_is_transparent_and_its_labels_have_contrast():
+    """On gradio's white and on its dark background."""
     pixels = np.asarray(drawing.draw_grid(np.zeros((6, 8)), []))
     assert pixels[:6, :6].max() == 0 and pixels[drawing.MARGIN, drawing.MARGIN, 3] == 0
     for ground, least in (((255, 255, 255), 4.5), ((39, 39, 42), 3.0)):
@@ -447,55 +420,61 @@ def luminance(colour: tuple[int, ...]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_the_grid_frames_the_heads_that_are_on():
+def test_the_grid_frames_the_selected_heads():
     sums = np.zeros((6, 8))
-    plain, framed = (np.asarray(drawing.draw_grid(sums, on)) for on in ([], [Head(2, 3)]))
+    plain, framed = (np.asarray(drawing.draw_grid(sums, heads)) for heads in ([], [Head(2, 3)]))
     rows, columns = np.nonzero((plain != framed).any(-1))
     for x, y in ((columns.min(), rows.min()), (columns.max(), rows.max())):
         assert drawing.head_at(x, y, sums.shape) == Head(2, 3)
 
 
-def test_boxes_are_drawn_where_they_are(asked):
-    answers = asked.answers(asked.ranked[:3], GroundingOptions())[:1]
-    drawn = drawing.draw_boxes(asked.image, answers, [""])
-    assert box_iou(coloured_box(np.asarray(drawn)), answers[0].box) > 0.9
+def test_boxes_are_drawn_in_place(question):
+    groundings = question.ground(question.ranked[:3], GroundingOptions())[:1]
+    drawn = drawing.draw_boxes(question.image, groundings, [""])
+    assert box_iou(coloured_box(np.asarray(drawn)), groundings[0].box) > 0.9
 
 
-def test_names_do_not_cover_each_other(asked):
-    """Three answers with one box: each name's plate, filled with its colour, is as large as when it stands alone."""
-    answer = asked.answers(asked.ranked[:3], GroundingOptions())[0]
-    answer = replace(answer, box=(4.0, 4.0, 30.0, 30.0))
-    image = Image.new("RGB", (300, 300), "white")
-    together = np.asarray(drawing.draw_boxes(image, [answer] * 3, ["the dog"] * 3))
-    for name, colour in enumerate(drawing.COLOURS[:3]):
-        filled = (together == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
+@pytest.fixture
+def draw_same_box(question) -> Callable[..., Iterator[np.ndarray]]:
+    """The pixels of each colour, where several groundings with the same box are drawn over a white image."""
+    (grounding, *_) = question.ground([Head(4, 4)], GroundingOptions())
+
+    def draw(box: tuple[float, ...], labels: Sequence[str]) -> Iterator[np.ndarray]:
+        groundings = [replace(grounding, image_size=(300, 300), box=box)] * len(labels)
+        pixels = np.asarray(drawing.draw_boxes(Image.new("RGB", (300, 300), "white"), groundings, labels))
+        for colour in drawing.COLOURS[: len(labels)]:
+            yield (pixels == rgb(colour)).all(-1)
+
+    return draw
+
+
+def test_labels_do_not_cover_each_other(draw_same_box):
+    for filled in draw_same_box((4.0, 4.0, 30.0, 30.0), ["the dog"] * 3):
         rows = np.flatnonzero(filled.sum(1) > 40)
-        assert 14 <= len(rows) <= 30 and np.ptp(rows) < 30, name
+        assert 14 <= len(rows) <= 30 and np.ptp(rows) < 30
 
 
-def test_names_at_the_bottom_and_lines_in_one_place(asked):
-    """Six answers with one box: no plate is cut off or covered, and each colour is on the box's line."""
-    (answer, *_) = asked.answers([Head(4, 4)], GroundingOptions())
-    answer = replace(answer, image_size=(300, 300), box=(100.0, 265.0, 280.0, 299.0))
-    image = Image.new("RGB", (300, 300), "white")
-    pixels = np.asarray(drawing.draw_boxes(image, [answer] * 6, [""] * 6))
-    for name, colour in enumerate(drawing.COLOURS):
-        filled = (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
-        assert 14 <= (filled[:, 100:140].sum(1) > 15).sum() <= 30, name
-        assert filled[:, 278:280].sum() > 2 or filled[296:, 200:].sum() > 4, name
+def test_labels_at_the_bottom_are_whole_and_outlines_in_one_place_share_it(draw_same_box):
+    """Six groundings: no label is cut off or covered, and each colour has dashes on the outline."""
+    for filled in draw_same_box((100.0, 265.0, 280.0, 299.0), [""] * 6):
+        assert 14 <= (filled[:, 100:140].sum(1) > 15).sum() <= 30
+        assert filled[:, 278:280].sum() > 2 or filled[296:, 200:].sum() > 4
 
 
-def coloured_box(pixels: np.ndarray, colour: str = VERMILLION) -> tuple[float, float, float, float]:
-    """Tight box of the outline drawn in a colour: the columns and rows that it fills for long."""
-    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    marked = np.abs(pixels[..., :3].astype(int) - rgb).max(-1) < 40
+def rgb(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def coloured_box(pixels: np.ndarray) -> tuple[float, float, float, float]:
+    """Tight box of the vermillion outline: the columns and rows that it fills for long."""
+    marked = np.abs(pixels[..., :3].astype(int) - rgb(VERMILLION)).max(-1) < 40
     rows = np.flatnonzero(marked.sum(1) > 0.5 * marked.sum(1).max())
     columns = np.flatnonzero(marked.sum(0) > 0.5 * marked.sum(0).max())
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def located_example(run: DemoRun) -> tuple[Image.Image, str, tuple[float, ...]]:
-    """A scene that the model gets right, with the true box, so that a wrong page cannot hide behind a wrong model."""
+    """A scene that the model grounds correctly, with the true box: a failure is then the page's, not the model's."""
     import localization_heads as lh
 
     for scene, expression in scene_samples(40, seed=3, size=384, seeds=VALIDATION_SEEDS):
@@ -512,7 +491,7 @@ def demo_page(run, tmp_path, monkeypatch) -> Iterator[Any]:
     from localization_heads.apps.demo.page import build
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    with guard.own_folder() as folder:
+    with guard.temporary_folder() as folder:
         page, _ = build(run, folder)
         page.ask(visitor_a, {"path": page.examples[0][0]}, page.examples[0][1], 3)
         yield page
@@ -534,11 +513,11 @@ def test_redraws_leave_no_folder_behind(demo_page):
     assert not list(demo_page.answers.iterdir())
     with pytest.raises(UsageError, match="press Ground"):
         demo_page.redraw(visitor_a, *SETTINGS)
-    assert set(demo_page.folder.iterdir()) == demo_page.own
+    assert set(demo_page.folder.iterdir()) == demo_page.permanent
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("index", "value", "message"),
     [
         (2, float("nan"), "sigma: a number from 0 to 3, not nan"),
         (2, None, "sigma: a number"),
@@ -548,18 +527,18 @@ def test_redraws_leave_no_folder_behind(demo_page):
         (0, "L99H0", "there is no L99H0"),
     ],
 )
-def test_settings_sent_around_the_page(demo_page, place, value, said):
-    settings = [value if n == place else setting for n, setting in enumerate(SETTINGS)]
-    with pytest.raises(UsageError, match=said):
+def test_invalid_settings_are_refused(demo_page, index, value, message):
+    settings = [value if n == index else setting for n, setting in enumerate(SETTINGS)]
+    with pytest.raises(UsageError, match=message):
         demo_page.redraw(visitor_a, *settings)
 
 
 def test_masks_are_those_of_the_command_line(demo_page):
-    """The same segmenter, unless those of the map are asked for; a large image's are made on the image as kept."""
+    """With the same segmenter, or with `none`. Masks of a large image are made on the stored image."""
     import localization_heads as lh
 
     path, expression = demo_page.examples[0]
-    heads = demo_page.visitors._known["a"].asked.ranked[:3]
+    heads = demo_page.visitors._by_session["a"].question.ranked[:3]
     names = " ".join(map(str, heads))
     for mask, segmenter in (("grabcut", GRABCUT), ("none", None)):
         *_, file, _ = demo_page.redraw(visitor_a, names, *SETTINGS[1:5], mask, False)
@@ -569,39 +548,36 @@ def test_masks_are_those_of_the_command_line(demo_page):
         assert entry["bbox"] == pytest.approx(found.box, abs=0.01)
     with Image.open(path) as image:
         large = image.resize((image.width * 12, image.height * 12))
-    asked = ask(demo_page.run, large, expression)
-    refined = demo_page._refined(asked, asked.answers(heads, demo_page.run.options.grounding)[0], "grabcut")
+    question = ask(demo_page.run, large, expression)
+    (grounding,) = question.ground(heads, demo_page.run.options.grounding)
+    refined = demo_page._refine(question, grounding, "grabcut")
     assert refined.mask.shape == large.size[::-1] and refined.mask_from == "grabcut"
 
 
+NAMES = "grabcut, author_hint, none, sam, sam2, sam3"
+
+
 @pytest.mark.parametrize(
-    ("mask", "said"),
+    ("mask", "warning"),
     [
-        (
-            "magic",
-            "mask by: one of grabcut, author_hint, none, sam, sam2, sam3, not 'magic'. Until then the masks",
-        ),
+        ("magic", f"mask by: one of {NAMES}, not 'magic'. Until then the masks"),
         (["sam"], "mask by: one of"),
-        (
-            "sam3",
-            "segmenter=sam3: facebook/sam3 is not on this machine; start the page with it once, which fetches",
-        ),
+        ("sam3", "segmenter=sam3: facebook/sam3 is not on this machine; start the page with it once, which"),
     ],
 )
-def test_a_segmenter_that_cannot_be_had_leaves_the_maps_masks(demo_page, mask, said, monkeypatch):
+def test_without_a_usable_segmenter_masks_are_pseudo_masks(demo_page, mask, warning, monkeypatch):
     import gradio
 
-    warned = []
-    monkeypatch.setattr(gradio, "Warning", warned.append)
+    warnings = []
+    monkeypatch.setattr(gradio, "Warning", warnings.append)
     *_, file, _ = demo_page.redraw(visitor_a, *SETTINGS[:5], mask, False)
     *_, plain, _ = demo_page.redraw(visitor_a, *SETTINGS[:5], "none", False)
-    assert (
-        Path(file).read_text() == Path(plain).read_text() and warned[0].startswith(said) and len(warned) == 1
-    )
+    assert Path(file).read_text() == Path(plain).read_text()
+    assert len(warnings) == 1 and warnings[0].startswith(warning)
 
 
-def test_another_segmenter_is_loaded_once(run, asked, monkeypatch):
-    """The last one stays; the page's own is never loaded again."""
+def test_a_segmenter_is_loaded_once(run, question, monkeypatch):
+    """The last one stays loaded; the page's default is never loaded again."""
     from localization_heads.apps.demo import session
     from localization_heads.stages import run as stage
 
@@ -610,27 +586,27 @@ def test_another_segmenter_is_loaded_once(run, asked, monkeypatch):
     def load(options):
         loaded.append((options.kind, options.name, options.prompt))
 
-        def segment(image, grounding):
-            x0, y0, x1, y1 = map(round, answer.box)
+        def segment(image, prompt):
+            x0, y0, x1, y1 = map(round, grounding.box)
             mask = np.zeros(image.size[::-1], bool)
             mask[y0:y1, x0:x1] = True
             return mask
 
         return SimpleNamespace(name=options.kind, segment=segment)
 
-    monkeypatch.setattr(session, "checkpoint_folder", lambda _: tmp)
+    monkeypatch.setattr(session, "checkpoint_folder", lambda _: Path())
     monkeypatch.setattr(stage, "make_segmenter", load)
-    tmp, segmenters = Path(), session.Segmenters(run)
-    (answer,) = asked.answers([Head(4, 4)], run.options.grounding)[:1]
+    segmenters = session.Segmenters(run)
+    (grounding, _) = question.ground([Head(4, 4)], run.options.grounding)
     for name in ("author_hint", "author_hint", "grabcut", "author_hint", "sam2"):
-        found = segmenters.refine(name, answer, asked.image)
-        assert found.mask_from == {"author_hint": "sam"}.get(name, name)
+        refined = segmenters.refine(name, grounding, question.image)
+        assert refined.mask_from == {"author_hint": "sam"}.get(name, name)
     (first, name, prompt), (second, *_) = loaded[-2:]
     assert (first, name, prompt, second) == ("sam", "facebook/sam-vit-large", ("box", "map"), "sam2")
     assert "grabcut" not in [kind for kind, *_ in loaded[1:]]
 
 
-def test_clicks_and_images_sent_around_the_page(demo_page, tmp_path):
+def test_invalid_clicks_and_images_are_refused(demo_page, tmp_path):
     for index in (None, [1], [float("nan"), 3], ["a", "b"], [1e300, 1]):
         with pytest.raises(UsageError, match="a click"):
             demo_page.switch(visitor_a, "L2H0", "A", SimpleNamespace(_data={"index": index}))
@@ -646,8 +622,8 @@ def test_clicks_and_images_sent_around_the_page(demo_page, tmp_path):
             demo_page.ask(visitor_a, {"path": path}, "the dog", 3)
 
 
-def test_an_answer_is_shown_word_by_word(demo_page, run):
-    """As `lvlm.trace` has it; what the browser sends around the page is refused."""
+def test_an_answer_is_traced(demo_page, run):
+    """As by `lvlm.trace`; invalid input is refused."""
     path, _ = demo_page.examples[0]
     answer, figure, page = demo_page.tracing.trace(
         visitor_a, {"path": path}, " what is in\nthis image? ", "L4H4 L5H6"
@@ -675,17 +651,17 @@ def test_an_answer_is_shown_word_by_word(demo_page, run):
 
 
 def test_the_page_as_served(run, tmp_path, monkeypatch):
-    """Behind a proxy that is not there; large bodies and addresses are refused; its folder is gone afterwards."""
+    """With a proxy that does not exist. Large bodies and addresses are refused; the folder is removed afterwards."""
     pytest.importorskip("gradio", reason="the extra demo is not installed")
     import httpx
 
-    from localization_heads.apps.demo.serving import served
+    from localization_heads.apps.demo.serving import background_server
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     for name, value in PROXIED.items():
         monkeypatch.setenv(name, value)
     with (
-        served(run, quiet=True) as blocks,
+        background_server(run, quiet=True) as blocks,
         httpx.Client(base_url=blocks.local_url, trust_env=False) as client,
     ):
         functions = {d["api_name"]: d["id"] for d in reversed(client.get("config").json()["dependencies"])}
@@ -731,7 +707,7 @@ def shown(page: Any, name: str) -> np.ndarray:
 
 def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the extra demo is not installed")
-    from localization_heads.apps.demo.serving import served
+    from localization_heads.apps.demo.serving import background_server
 
     image, expression, truth = located_example(run)
     image.save(tmp_path / "scene.png")
@@ -740,7 +716,7 @@ def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(run.lvlm), "attend", lambda self, *a, **o: asked.append(a[1]) or attend(self, *a, **o)
     )
-    with served(run, quiet=True) as blocks:
+    with background_server(run, quiet=True) as blocks:
         page = browser.new_page(viewport={"width": 1400, "height": 2000})
         trouble: list[str] = []
         page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -760,7 +736,7 @@ def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
 
 
 def check_upload(page: Any, path: Any, expression: str, truth: tuple[float, ...]) -> None:
-    """The box on the screen overlaps the object that was asked for, and the map shines on it."""
+    """The box on the screen overlaps the object of the expression, and the map is brightest on it."""
     before = page.get_attribute("#boxes img", "src")
     page.click("#image button[aria-label='Remove Image']")
     page.set_input_files("#image input[type=file]", str(path))
@@ -774,7 +750,9 @@ def check_upload(page: Any, path: Any, expression: str, truth: tuple[float, ...]
     assert box_iou(np.array(coloured_box(pixels)) / scale, truth) > 0.4
     heat = shown(page, "heat")
     plain = Image.open(path).convert("RGB").resize(heat.shape[1::-1])
-    added = yellow(heat) - yellow(np.asarray(plain))  # where viridis ends, beyond what the image has of it
+    added = yellow(heat) - yellow(
+        np.asarray(plain)
+    )  # the bright end of viridis, without the image's own yellow
     y, x = np.unravel_index(np.argmax(ndimage.uniform_filter(added, 25)), added.shape)
     assert truth[0] <= x / scale <= truth[2]
     assert truth[1] <= y / scale <= truth[3]
@@ -786,7 +764,7 @@ def yellow(pixels: np.ndarray) -> np.ndarray:
 
 
 def check_keys(page: Any) -> None:
-    """A slider that is moved without a pointer redraws too; Shift+Enter asks, as the page says."""
+    """A slider moved by the keyboard redraws, and Shift+Enter asks, as the page says."""
     for slider, changed in (("sigma", "heat"), ("k", "boxes"), ("threshold", "boxes")):
         before = page.get_attribute(f"#{changed} img", "src")
         page.focus(f"#{slider} input[type=range]")
@@ -800,7 +778,7 @@ def check_keys(page: Any) -> None:
 
 
 def check_phone(page: Any) -> None:
-    """Nothing sticks out sideways, and the score is in sight."""
+    """On a phone, nothing overflows sideways, and the score is visible."""
     page.set_viewport_size({"width": 390, "height": 900})
     page.wait_for_timeout(500)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

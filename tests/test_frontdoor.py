@@ -1,4 +1,4 @@
-"""The front door: help at once, free text as it was typed, one line for an error, and the exit statuses."""
+"""The command line: help without slow imports, free text unchanged, one-line errors, and exit statuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import localization_heads as lh
 from localization_heads.apps import frontdoor
-from localization_heads.apps.frontdoor import Given, help_text, quote_free_text, run
+from localization_heads.apps.frontdoor import CommandLine, help_text, quote_free_text, run
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.options.compose import compose_options, default_choices, option_names
 from localization_heads.options.declaration import option_metadata, read_as
@@ -35,24 +35,24 @@ SCRIPTS = {
 
 def finder_options(*overrides: str) -> FinderOptions:
     """The composed options of a command line."""
-    found = compose_options("finder", *map(quote_free_text, overrides))
-    assert isinstance(found, FinderOptions)
-    return found
+    options = compose_options("finder", *map(quote_free_text, overrides))
+    assert isinstance(options, FinderOptions)
+    return options
 
 
-def kinds(*wanted: str) -> list[str]:
-    """Options of the finder that the command line reads in one of these ways."""
-    return [name for name, field in option_names("finder").items() if read_as(field) in wanted]
+def options_of_kind(*kinds: str) -> list[str]:
+    """The finder's options that are read as one of these kinds (`reads`)."""
+    return [name for name, field in option_names("finder").items() if read_as(field) in kinds]
 
 
-def arrived(argument: str) -> Any:
-    """The value that Hydra's real grammar and OmegaConf's interpolations make of an argument."""
+def parsed(argument: str) -> Any:
+    """The value of a quoted argument after Hydra's grammar and OmegaConf's interpolation."""
     override = OverridesParser.create().parse_override(quote_free_text(argument))
     return OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)["value"]
 
 
-def process(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **extra}
+def run_python(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120, check=False
     )
@@ -61,13 +61,9 @@ def process(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
 # ------------------------------------------------------------------------------------------------- help
 
 
-APPLICATIONS = ("finder", "visualize", "chat", "demo")
-GROUPS = ("model", "criteria", "grounding", "segmenter", "data", "experiment", "rung", "engine")
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each with the comment of its config file; nothing that only Hydra reads."""
+    """And nothing of Hydra's own."""
     assert run(lambda _: 1, name, f"python {SCRIPTS[name]}", ["--help"]) == 0
     text, err = capsys.readouterr()
     assert not err
@@ -90,21 +86,25 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 """
 
 
+CONSOLE_SCRIPT = """
+import sys
+from localization_heads.apps.finder import finder
+sys.argv[0] = "/usr/bin/locheads"
+finder()
+"""
+
+
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "shown"),
     [
-        (["visualize_attention.py"], "python visualize_attention.py"),
+        ([str(ROOT / "visualize_attention.py")], "python visualize_attention.py"),
         (["-m", "localization_heads"], "python -m localization_heads"),
         (["-m", "localization_heads.apps.finder"], "python -m localization_heads.apps.finder"),
-        (["-c", "import sys; sys.argv[0] = '/usr/bin/locheads'; {0}"], "locheads"),
+        (["-c", CONSOLE_SCRIPT], "locheads"),
     ],
 )
-def test_help_names_the_command_that_was_typed(typed: list[str], said: str) -> None:
-    """The console scripts of an installation call the same functions under their own names."""
-    typed = [word.format("from localization_heads.apps.finder import finder; finder()") for word in typed]
-    if typed[0].endswith(".py"):
-        typed[0] = str(ROOT / typed[0])
-    assert process(*typed, "--help").stdout.startswith(f"usage: {said} [-q | -v]")
+def test_help_shows_the_command_as_typed(typed: list[str], shown: str) -> None:
+    assert run_python(*typed, "--help").stdout.startswith(f"usage: {shown} [-q | -v]")
 
 
 def test_the_version_is_one_line(front: Front) -> None:
@@ -112,7 +112,7 @@ def test_the_version_is_one_line(front: Front) -> None:
 
 
 def test_the_examples_are_found_outside_the_repository(front: Front) -> None:
-    """The package brings them; a folder `examples` of the user's own comes first."""
+    """They are part of the package; a folder `examples` of the user takes precedence."""
     status, out, _ = front.finder(
         "stage=ground", "image_file=examples/images/cat.jpg", "query=x", "save_id=one"
     )
@@ -126,10 +126,9 @@ def test_the_examples_are_found_outside_the_repository(front: Front) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS.values())
 def test_help_imports_nothing_heavy(script: str) -> None:
-    """A real process: it answers in milliseconds, not after importing torch."""
-    ended = process("-c", IMPORT_PROBE, str(ROOT / script), "--help")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("usage: ")
+    result = run_python("-c", IMPORT_PROBE, str(ROOT / script), "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: ")
 
 
 def test_the_package_imports_nothing_heavy() -> None:
@@ -138,7 +137,7 @@ import sys, localization_heads as lh
 dir(lh)
 sys.exit(len({"torch", "numpy", "hydra", "PIL"} & set(sys.modules)))
 """
-    assert process("-c", code).returncode == 0
+    assert run_python("-c", code).returncode == 0
 
 
 # -------------------------------------------------------------------------------------------- free text
@@ -148,7 +147,7 @@ TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 
 
 @settings(max_examples=200)
-@given(text=TYPED, name=st.sampled_from(kinds("text", "path")))
+@given(text=TYPED, name=st.sampled_from(options_of_kind("text", "path")))
 @example(text="the dog, on the left", name="query")
 @example(text="a=b, c={d: [e]}", name="query")
 @example(text='it\'s "that" one', name="query")
@@ -169,9 +168,9 @@ TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @example(text=" spaces ", name="query")
 @example(text="C:\\images\\cat.png", name="image_file")
 @example(text="https://a.example/x.png?a=1,2&b={c}", name="image_file")
-def test_free_text_arrives_as_it_was_typed(text: str, name: str) -> None:
-    """Whatever it is, except null and what a user has quoted for Hydra."""
-    value = arrived(f"{name}={text}")
+def test_free_text_is_passed_unchanged(text: str, name: str) -> None:
+    """Except null, and text that the user has quoted for Hydra."""
+    value = parsed(f"{name}={text}")
     if text == "null":
         assert value is None
     elif re.fullmatch(r"""'[^'\\]+'|"[^"\\]+\"""", text):
@@ -183,7 +182,7 @@ def test_free_text_arrives_as_it_was_typed(text: str, name: str) -> None:
 @pytest.mark.parametrize(
     "argument", ["k=5", "heads=[]", "--info", "model=tiny", "query", "query=", "query=null", "exclude=null"]
 )
-def test_what_is_no_free_text_is_left_alone(argument: str) -> None:
+def test_only_free_text_is_quoted(argument: str) -> None:
     assert quote_free_text(argument) == argument
 
 
@@ -193,12 +192,12 @@ ITEM = TYPED.filter(lambda text: "," not in text and text == text.strip() and te
 @settings(max_examples=100)
 @given(items=st.lists(ITEM, min_size=1, max_size=3), name=st.sampled_from(["exclude", "heads"]))
 @example(items=["a b=c.jsonl", "it's.jsonl", "${x}#[1].jsonl", "e]"], name="exclude")
-def test_each_text_of_a_list_arrives_as_it_was_typed(items: list[str], name: str) -> None:
-    assert arrived(f"{name}=[{','.join(items)}]") == items
+def test_each_text_of_a_list_is_passed_unchanged(items: list[str], name: str) -> None:
+    assert parsed(f"{name}=[{','.join(items)}]") == items
 
 
-def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
-    """A path may hold an equals sign, a comma or a space; a quoted item of a list too."""
+def test_heads_take_a_path_as_free_text_or_a_list() -> None:
+    """A path, and a quoted item of a list, may contain an equals sign, a comma or a space."""
     for value, expected in (
         ("out/a=b, c/heads.json", "out/a=b, c/heads.json"),
         ("[1-2,L3H4]", ("1-2", "L3H4")),
@@ -210,27 +209,27 @@ def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
     assert quote_free_text("heads=auto,greedy", sweeps=True) == "heads=auto,greedy"
 
 
-@pytest.mark.parametrize("name", kinds("path", "paths"))
-def test_a_path_may_begin_at_home(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every path option of every command; `~` elsewhere is a character like any other."""
+@pytest.mark.parametrize("name", options_of_kind("path", "paths"))
+def test_a_path_may_begin_with_the_home_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every path option; `~` elsewhere in a path is an ordinary character."""
     monkeypatch.setenv("HOME", "/home/ann")
     field = option_names("finder")[name]
     group = ["segmenter=sam"] if name == "segmenter.name" else []
-    own = FinderOptions.__pydantic_fields__[name.partition(".")[0]]  # the option itself, or its group
-    group += [f"stage={stage}" for stage in option_metadata(own).get("stages", [])[:1]]
+    field_or_group = FinderOptions.__pydantic_fields__[name.partition(".")[0]]
+    group += [f"stage={stage}" for stage in option_metadata(field_or_group).get("stages", [])[:1]]
     typed = {"~/a b/c.json": "/home/ann/a b/c.json", "x/~/y": "x/~/y", "https://a.example/~ann/x": None}
     for written, expected in typed.items():
         options: Any = finder_options(*group, f"{name}={written}")
         for key in name.split("."):
             options = getattr(options, key)
-        found = options[0] if isinstance(options, tuple) else options
-        assert found == (expected or written)
+        value = options[0] if isinstance(options, tuple) else options
+        assert value == (expected or written)
     if read_as(field) == "paths":
         assert getattr(finder_options(*group, f"{name}=[~/a,b]"), name) == ("/home/ann/a", "b")
 
 
-def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run from data at home to results at home, with heads from home, and the viewer over them."""
+def test_paths_in_the_home_folder_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the data, the heads and the results of the finder, and for the viewer."""
     monkeypatch.setenv("HOME", str(front.folder))
     write_data(front.folder, 2)
     for options in (["stage=find"], ["stage=ground", "heads=~/out/tiny/heads.json", "k=1"]):
@@ -248,9 +247,8 @@ def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -
 # ------------------------------------------------------------------------------------ errors and statuses
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+WRONG_USE: dict[str, list[tuple[list[str], str]]] = {
+    "finder": [
         (["stage=nap"], "stage=nap: choose one of batch, find,"),
         (["stag=batch"], "stag= is no option: did you mean stage=? --help lists all"),
         (["query=the", "cat"], "cat belongs to no option; a text with spaces needs quotes: 'query=the cat'"),
@@ -312,12 +310,34 @@ def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -
         (["stage=ground", "query=x"], "image_file= is missing"),
         (["stage=ground", "image_file=no.png"], "query= is missing"),
     ],
+    "visualize": [
+        ([], "attention_file= is missing"),
+        (["attention_file=no.pkl"], "attention_file=no.pkl: there is no such file"),
+        (["mode=single_"], "mode=single_: did you mean single? choose one of single, batch"),
+        (["mode=batch", "data_file=no.jsonl"], "data_file=no.jsonl: no such file"),
+        (["mode=batch", "data_file=null"], "data_file= is missing"),
+        (["layr=5"], "did you mean layer=?"),
+    ],
+    "chat": [
+        ([], "query= is missing"),
+        (["query=Hi", "image_file=no.png"], "no.png: no such file"),
+        (["query=Hi", "max_new_tokens=0"], "max_new_tokens=0: "),
+        (["cli_mode=maybe"], "cli_mode=maybe: give true or false"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [(command, *case) for command, cases in WRONG_USE.items() for case in cases],
 )
-def test_wrong_use_is_one_line_and_status_2(front: Front, arguments: list[str], said: str) -> None:
-    """It names the option and the way out, and nothing is written."""
-    result = front.finder(*arguments)
+def test_wrong_use_is_one_line_and_status_2(
+    front: Front, command: str, arguments: list[str], message: str
+) -> None:
+    """The error names the option and how to fix it, and nothing is written."""
+    result = getattr(front, command)(*arguments)
     assert result.status == 2, result.err
-    assert said in one_line(result.err)
+    assert message in one_line(result.err)
     assert not result.out
     assert list(front.folder.iterdir()) == []
 
@@ -327,20 +347,18 @@ ODD = [
     "1e999", "nan", "???", "[", "{", "'", "choice(a,b)", "range(1,3)", "glob(*)", "true", "int(3)", "*", "a b", "\\",
     "\x01", "\ud800", "paper.yaml", "1_000", "[" * 500 + "]" * 500, "9" * 400, "9" * 5000,
 ]  # fmt: skip
-ANY_NAME = [*GROUPS, "hydra.run.nonsense", "hydra/launcher", "model@x", "a b", "é", "model.", ".k", "k.x"]
+GROUPS = ("model", "criteria", "grounding", "segmenter", "data", "experiment", "rung", "engine")
+ODD_NAMES = [*GROUPS, "hydra.run.nonsense", "hydra/launcher", "model@x", "a b", "é", "model.", ".k", "k.x"]
 
 
-def test_whatever_stands_behind_an_option_is_one_line(
-    front: Front, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Odd values of options and groups, in turn: composed and checked, no model. (test_options.py tries every rule.)"""
-
-    tried = [(name, ODD[7 * number % len(ODD)]) for number, name in enumerate(option_names("finder"))][::3]
-    tried += [(name, odd) for name in ANY_NAME for odd in ODD[:: 1 if name == "data" else 8]]
-    helps = {application: help_text(application, "") for application in APPLICATIONS}
-    for name, odd in tried:
-        application = next((one for one, text in helps.items() if f"\n{name}:" in text), "finder")
-        status = run(lambda _: 0, application, "program", [f"{name}={odd}"])
+def test_odd_names_and_values_give_one_line(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
+    """The options are composed and checked, without a model. (test_options.py tests every rule.)"""
+    cases = [(name, ODD[7 * number % len(ODD)]) for number, name in enumerate(option_names("finder"))][::3]
+    cases += [(name, odd) for name in ODD_NAMES for odd in ODD[:: 1 if name == "data" else 8]]
+    helps = {program: help_text(program, "") for program in ("finder", "visualize", "chat", "demo")}
+    for name, odd in cases:
+        program = next((program for program, text in helps.items() if f"\n{name}:" in text), "finder")
+        status = run(lambda _: 0, program, "program", [f"{name}={odd}"])
         err = capsys.readouterr().err
         assert status in (0, 2), (name, odd, err)
         if status:
@@ -349,28 +367,7 @@ def test_whatever_stands_behind_an_option_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "said"),
-    [
-        ("visualize", [], "attention_file= is missing"),
-        ("visualize", ["attention_file=no.pkl"], "attention_file=no.pkl: there is no such file"),
-        ("visualize", ["mode=single_"], "mode=single_: did you mean single? choose one of single, batch"),
-        ("visualize", ["mode=batch", "data_file=no.jsonl"], "data_file=no.jsonl: no such file"),
-        ("visualize", ["mode=batch", "data_file=null"], "data_file= is missing"),
-        ("visualize", ["layr=5"], "did you mean layer=?"),
-        ("chat", [], "query= is missing"),
-        ("chat", ["query=Hi", "image_file=no.png"], "no.png: no such file"),
-        ("chat", ["query=Hi", "max_new_tokens=0"], "max_new_tokens=0: "),
-        ("chat", ["cli_mode=maybe"], "cli_mode=maybe: give true or false"),
-    ],
-)
-def test_wrong_use_of_viewer_and_chat(front: Front, command: str, arguments: list[str], said: str) -> None:
-    result = getattr(front, command)(*arguments)
-    assert result.status == 2
-    assert said in one_line(result.err)
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "message"),
     [
         (UsageError("k=0: no"), 2, "error: k=0: no\n"),
         (WorkError("no memory"), 1, "error: no memory\n"),
@@ -385,12 +382,12 @@ def test_statuses_and_tracebacks(
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
     status: int,
-    said: str,
+    message: str,
     debug: str | None,
 ) -> None:
-    """A traceback only on request, and a run does not turn it on for the next one."""
+    """A traceback is shown only on request, and the request does not affect the next run."""
 
-    def fail(_: Given) -> int:
+    def fail(_: CommandLine) -> int:
         raise error
 
     if debug == "environment":
@@ -401,20 +398,19 @@ def test_statuses_and_tracebacks(
     for _ in range(2):
         assert run(fail, "finder", "program", arguments) == status
         err = capsys.readouterr().err
-        assert said in err
+        assert message in err
         assert ("Traceback" in err) == (debug is not None)
     assert os.environ.get("HYDRA_FULL_ERROR") == ("1" if debug == "environment" else None)
 
 
-def test_the_status_of_main_is_that_of_the_run(front: Front) -> None:
-    assert [run(lambda _, s=s: s, "finder", "program", []) for s in (0, 1)] == [0, 1]
+def test_the_status_of_a_command_is_that_of_main(front: Front) -> None:
+    assert [run(lambda _, status=status: status, "finder", "program", []) for status in (0, 1)] == [0, 1]
 
 
-def test_hydra_leaves_no_folder(front: Front) -> None:
-    """No outputs/date/time, no .hydra, no change of folder."""
-    where: list[str] = []
-    run(lambda _: where.append(os.getcwd()) or 0, "finder", "program", ["k=2"])  # noqa: PTH109
-    assert where == [str(front.folder)]
+def test_hydra_neither_creates_nor_changes_a_folder(front: Front) -> None:
+    folders: list[str] = []
+    run(lambda _: folders.append(os.getcwd()) or 0, "finder", "program", ["k=2"])  # noqa: PTH109
+    assert folders == [str(front.folder)]
     assert list(front.folder.iterdir()) == []
 
 
@@ -428,10 +424,10 @@ def test_a_python_that_is_not_set_up_is_one_line(front: Front, monkeypatch: pyte
 
 
 def test_a_real_process(tmp_path: Path) -> None:
-    """The script itself: its status, one line on standard error, nothing on standard output."""
-    ended = process(str(ROOT / "localization_heads_finder.py"), "stage=collect", "query=x")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert one_line(ended.stderr).startswith("error: image_file= is missing")
+    """An error of the script is one line on standard error, with its status."""
+    result = run_python(str(ROOT / "localization_heads_finder.py"), "stage=collect", "query=x")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert one_line(result.stderr).startswith("error: image_file= is missing")
 
 
 def test_help_shows_the_defaults_of_the_groups() -> None:
@@ -440,21 +436,20 @@ def test_help_shows_the_defaults_of_the_groups() -> None:
         assert f"\n{line}\n" in text
 
 
-def test_figures_are_imported_when_they_are_drawn() -> None:
-    """matplotlib costs a second that a question or a wrong option need not wait for."""
+def test_matplotlib_is_imported_only_to_draw() -> None:
     code = """
 import sys
 from localization_heads.apps import terminal, finder_stages
 from localization_heads.stages import visualize
 print("matplotlib" in sys.modules)
 """
-    assert process("-c", code).stdout == "False\n"
+    assert run_python("-c", code).stdout == "False\n"
 
 
 # ------------------------------------------------------------------------------------------------- -q and -v
 
 
-def test_quiet_says_nothing_but_errors(front: Front) -> None:
+def test_quiet_prints_only_errors(front: Front) -> None:
     write_data(front.folder, 2)
     result = front.finder("-q", "stage=find", "data_file=data.jsonl")
     assert (result.status, result.out, result.err) == (0, "", "")
@@ -464,15 +459,15 @@ def test_quiet_says_nothing_but_errors(front: Front) -> None:
     assert "none.jsonl" in one_line(wrong.err)
 
 
-def test_verbose_says_what_was_loaded_and_how_long_it_took(front: Front) -> None:
+def test_verbose_notes_what_was_loaded_and_how_long_it_took(front: Front) -> None:
     write_data(front.folder, 2)
-    said = front.finder("stage=find", "data_file=data.jsonl", "--verbose").err
-    assert "note: LVLM(embedded" in said
-    assert "note: stage=find took" in said
+    notes = front.finder("stage=find", "data_file=data.jsonl", "--verbose").err
+    assert "note: LVLM(embedded" in notes
+    assert "note: stage=find took" in notes
     assert "note: stage" not in front.finder("stage=find", "data_file=data.jsonl").err
 
 
-def test_bars_are_back_after_a_quiet_run(front: Front) -> None:
+def test_progress_bars_are_restored_after_a_quiet_run(front: Front) -> None:
     from tqdm import tqdm
 
     front.finder("-q", "stage=find", "data_file=none.jsonl")
@@ -484,7 +479,7 @@ def test_bars_are_back_after_a_quiet_run(front: Front) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "status", "said"),
+    ("outcome", "status", "message"),
     [
         (0, 0, ""),
         (1, 1, "a job of the sweep ended with status 1"),
@@ -492,28 +487,28 @@ def test_bars_are_back_after_a_quiet_run(front: Front) -> None:
         (WorkError("no memory"), 1, "no memory"),
     ],
 )
-def test_what_a_job_elsewhere_ends_with_comes_back(
+def test_the_error_of_a_job_in_another_process_is_reported(
     outcome: Any,
     status: int,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of a job in another process, as launchers for clusters run them, errors arrive and nothing else."""
+    """Launchers for clusters run jobs elsewhere, and only exceptions come back."""
     processes = iter([("login", 1)])
-    monkeypatch.setattr(frontdoor, "_process", lambda: next(processes, ("node", 2)))
+    monkeypatch.setattr(frontdoor, "_process_id", lambda: next(processes, ("node", 2)))
 
-    def main(_: Given) -> int:
+    def main(_: CommandLine) -> int:
         if isinstance(outcome, Exception):
             raise outcome
         return int(outcome)
 
     assert run(main, "finder", "program", []) == status
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_the_error_that_submitit_sends_home() -> None:
-    """A traceback with its own lines around it: the last error counts, as one line."""
+def test_the_error_of_submitit_is_one_line() -> None:
+    """It is the last exception of the traceback in submitit's message."""
     trace = (
         "Job (task=0) failed during processing with trace:\n----------------------\n"
         'Traceback (most recent call last):\n  File "a.py", line 3, in run\n    x: int = 1 / 0\n'
@@ -523,7 +518,7 @@ def test_the_error_that_submitit_sends_home() -> None:
     ours = RuntimeError(
         trace.format("localization_heads.errors.WorkError", "out of memory: lower batch_size")
     )
-    assert frontdoor._why_a_job_failed(ours) == "out of memory: lower batch_size"
+    assert frontdoor._job_error(ours) == "out of memory: lower batch_size"
     theirs = RuntimeError(trace.format("RuntimeError", "no space"))
-    assert frontdoor._why_a_job_failed(theirs) == "a job of the sweep failed: RuntimeError: no space"
-    assert "timed out" in frontdoor._why_a_job_failed(RuntimeError("timed out"))
+    assert frontdoor._job_error(theirs) == "a job of the sweep failed: RuntimeError: no space"
+    assert "timed out" in frontdoor._job_error(RuntimeError("timed out"))

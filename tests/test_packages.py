@@ -17,7 +17,7 @@ from tiny_models import save_llava
 
 import localization_heads as lh
 from localization_heads.apps.demo import __main__ as demo
-from localization_heads.apps.frontdoor import Given
+from localization_heads.apps.frontdoor import CommandLine
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.sources import (
@@ -207,7 +207,7 @@ def test_an_old_gradio_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio", reason="the extra demo is not installed")
     pretend(monkeypatch, "gradio", "5.49.1")
     with pytest.raises(WorkError, match=r"gradio 5\.49\.1 is installed, and this needs 6\.17 or newer"):
-        demo._main(Given(None, "tiny", ()))
+        demo._main(CommandLine(None, "tiny", ()))
 
 
 def test_nothing_is_imported_before() -> None:

@@ -62,7 +62,7 @@ def test_tables_obey_nothing_and_end(show: Callable[[str], object]) -> None:
 
 
 def test_written_paths_obey_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.written([HOSTILE])  # type: ignore[list-item]
+    tables.show_paths([HOSTILE])  # type: ignore[list-item]
     assert "\u001b" not in capsys.readouterr().out
 
 

@@ -1,1 +1,1 @@
-"""Front ends: they read options and print results, nothing else."""
+"""Command-line programs and the demo: they read options, call the stages and print results."""

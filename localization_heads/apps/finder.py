@@ -1,6 +1,6 @@
 """The command `localization_heads_finder.py` (`locheads`, `python -m localization_heads`, `... .apps.finder`).
 
-What takes time to import waits until the options are read: help and errors are there at once.
+Slow imports are deferred until the options have been read, so that help and errors appear immediately.
 """
 
 from __future__ import annotations
@@ -10,37 +10,37 @@ import gc
 import sys
 from typing import TYPE_CHECKING
 
-from localization_heads.apps.frontdoor import Given, called_as, run
+from localization_heads.apps.frontdoor import CommandLine, called_as, run
 from localization_heads.errors import printable
 from localization_heads.packages import check_versions
 
 if TYPE_CHECKING:
     from localization_heads.stages.run import Run
 
-_RARELY = (50_000, 20, 100)
-"""Allocations between two collections of garbage: the libraries' million objects are looked through less often."""
+_GC_THRESHOLDS = (50_000, 20, 100)
+"""Garbage collection is made rarer, since it would scan the million objects of the imported libraries."""
 
 
 def finder() -> int:
-    """One stage. The exit status: 0 all went well, 1 some entry or work failed, 2 wrong use."""
+    """Run a stage. Returns the exit status: 0 success, 1 some entry or work failed, 2 wrong use."""
     return run(_finder, "finder", called_as())
 
 
-def _finder(given: Given) -> int:
-    gc.set_threshold(*_RARELY)
+def _finder(command_line: CommandLine) -> int:
+    gc.set_threshold(*_GC_THRESHOLDS)
     check_versions()
     from localization_heads.apps.finder_stages import run_stage
     from localization_heads.stages.run import Run
 
-    return run_stage(Run(*given, before_model=_announce))
+    return run_stage(Run(*command_line, before_model=_announce))
 
 
 def _announce(run: Run) -> None:
-    """One line within a second of the command, once its options have been checked and before the model is loaded."""
+    """Print stage, model and input once the options are checked, before the slow import of the model's code."""
     from localization_heads.apps.tables import show
 
-    # An image's address may hold a secret, which its own text leaves out.
     options = run.options
+    # resolve_images: the text of an image's address omits secrets.
     name = (
         run.resolve_images(options.image_file)
         if options.image_file
@@ -52,9 +52,9 @@ def _announce(run: Run) -> None:
 
 
 def _import_model_code() -> None:
-    """Import torch and transformers without a search for garbage among their million objects, which all stay.
+    """Import torch and transformers, excluding their million permanent objects from garbage collection.
 
-    Nor are they looked through later, of which the end of the process alone would be a second.
+    They are frozen again at exit, where a collection would take a second.
     """
     if "torch" in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""Run a stage, show its result, return the exit status: one function a stage."""
+"""One function per stage: run it, print its result, return the exit status."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 def _pipeline(run: Run) -> int:
     collected, analysed, visualised = single.pipeline(run)
     _show_collected(collected)
-    _show_analysed(run, analysed)
-    return _show_visualised(run, visualised)
+    _show_analysis(run, analysed)
+    return _show_visualization(run, visualised)
 
 
 def _prepare(run: Run) -> int:
@@ -55,7 +55,7 @@ def _doctor(run: Run) -> int:
     result = doctor.doctor(run)
     tables.show(tables.examination_table(result.examination))
     tables.show(tables.marked_prompt(result.examination), soft_wrap=True)
-    tables.written(result.paths)
+    tables.show_paths(result.paths)
     return 0 if result.examination.is_well else 1
 
 
@@ -77,8 +77,8 @@ def _trace(run: Run) -> int:
 def _ground(run: Run) -> int:
     if run.options.video_file is None:
         return _show_result(run, ground.ground(run))
-    followed = video.ground_video(run)
-    return _show(tables.video_table(followed), followed.paths, followed.failures)
+    result = video.ground_video(run)
+    return _show(tables.video_table(result), result.paths, result.failures)
 
 
 def _find(run: Run) -> int:
@@ -95,29 +95,29 @@ def _rank(run: Run) -> int:
     return _show_labelled(run, labels.rank_by_stored_labels(run))
 
 
-def _show_labelled(run: Run, found: labels.LabelRanking) -> int:
-    for table in heads.label_tables(found):
+def _show_labelled(run: Run, labelled: labels.LabelRanking) -> int:
+    for table in heads.label_tables(labelled):
         tables.show(table)
-    if found.result.ranking:
-        _show_found_again(run, found.result.ranking)
-    tables.written(found.result.paths)
-    return tables.show_failures(found.result.failures)
+    if labelled.result.ranking:
+        _show_overlaps(run, labelled.result.ranking)
+    tables.show_paths(labelled.result.paths)
+    return tables.show_failures(labelled.result.failures)
 
 
 STAGES: dict[str, Callable[[Run], int]] = {
     "collect": lambda run: _show_collected(single.collect(run)),
-    "analyze": lambda run: _show_analysed(run, single.analyze(run)),
-    "visualize": lambda run: _show_visualised(run, single.visualize(run)),
+    "analyze": lambda run: _show_analysis(run, single.analyze(run)),
+    "visualize": lambda run: _show_visualization(run, single.visualize(run)),
     "pipeline": _pipeline,
     "find": _find,
     "rank": _rank,
     "batch": lambda run: _show_result(run, find.batch(run)),
     "ground": _ground,
     "evaluate": lambda run: _show_result(run, evaluate.evaluate(run)),
-    "scenes": lambda run: _wrote([write.write_scenes(run.options.scenes)]),
+    "scenes": lambda run: _show_paths([write.write_scenes(run.options.scenes)]),
     "doctor": _doctor,
     "experiment": _experiment,
-    "export": lambda run: _wrote(export.export(run)),
+    "export": lambda run: _show_paths(export.export(run)),
     "prepare": _prepare,
     "calibrate": _calibrate,
     "trace": _trace,
@@ -126,7 +126,10 @@ STAGES: dict[str, Callable[[Run], int]] = {
 
 
 def run_stage(run: Run) -> int:
-    """The exit status of `stage=`. If no entry could be used, each one's reason is shown before the error."""
+    """Run the stage of `stage=` and return the exit status.
+
+    If no entry could be used, the reason of each is printed before the error is raised.
+    """
     started = time.monotonic()
     try:
         status = STAGES[run.options.stage](run)
@@ -138,61 +141,61 @@ def run_stage(run: Run) -> int:
 
 
 def _show(table: Table, paths: Sequence[Path], failures: Sequence[BadEntry] = ()) -> int:
-    """The exit status: 1 where entries have failed."""
+    """Print a table, the files written and the failed entries; returns 1 if there are any, else 0."""
     tables.show(table)
-    tables.written(paths)
+    tables.show_paths(paths)
     return tables.show_failures(failures)
 
 
-def _wrote(paths: Sequence[Path]) -> int:
-    tables.written(paths)
+def _show_paths(paths: Sequence[Path]) -> int:
+    tables.show_paths(paths)
     return 0
 
 
 def _show_collected(collected: single.CollectResult) -> int:
     if collected.answer is not None:
         tables.show(f"answer: {printable(collected.answer)}", markup=False, highlight=False)
-    return _wrote([collected.path])
+    return _show_paths([collected.path])
 
 
-def _show_analysed(run: Run, analysed: single.AnalyzeResult) -> int:
+def _show_analysis(run: Run, analysed: single.AnalyzeResult) -> int:
     return _show(heads.analysis_table(analysed.rows, run.options.top_k), [analysed.path])
 
 
-def _show_visualised(run: Run, visualised: single.VisualizeResult) -> int:
+def _show_visualization(run: Run, visualised: single.VisualizeResult) -> int:
     read_out = describe_preset("grounding", run.options.grounding)
     tables.show(f"box: {tables.grounding_text(visualised.grounding, read_out)}", highlight=False)
-    return _wrote(visualised.paths)
+    return _show_paths(visualised.paths)
 
 
-def _show_found_again(run: Run, ranking: HeadRanking) -> None:
-    for line in heads.found_again(run, ranking):
+def _show_overlaps(run: Run, ranking: HeadRanking) -> None:
+    for line in heads.overlap_lines(run, ranking):
         tables.show(line, markup=False, highlight=False)
 
 
 def _show_result(run: Run, result: Result) -> int:
-    """Everything that the stage has found; of an evaluation the metrics in place of the boxes."""
+    """Print the ranking, the metrics or the boxes, and the tables of experiments, whichever the result has."""
     if result.ranking:
         tables.show(heads.ranking_table(result.ranking, run.options.k))
-        _show_found_again(run, result.ranking)
+        _show_overlaps(run, result.ranking)
         if run.options.stage == "batch":
-            tables.show(heads.of_boxes(run, result.ranking), markup=False, highlight=False)
+            tables.show(heads.grounding_heads_line(run, result.ranking), markup=False, highlight=False)
     if result.metrics:
         tables.show(scores.metrics_table(result.metrics))
-        if own := scores.protocol_table(result.metrics.get("protocol", {})):
-            tables.show(own)
-        if trust := result.metrics.get("confidence"):
-            tables.show(scores.confidence_table(trust))
+        if protocol_table := scores.protocol_table(result.metrics.get("protocol", {})):
+            tables.show(protocol_table)
+        if confidence := result.metrics.get("confidence"):
+            tables.show(scores.confidence_table(confidence))
     elif result.outcomes:
         tables.show(
             tables.predictions_table(result.outcomes, describe_preset("grounding", run.options.grounding))
         )
-    if result.outcomes and (line := heads.whose(run)):
+    if result.outcomes and (line := heads.published_list_line(run)):
         tables.show(line, markup=False, highlight=False)
     for finding in result.findings:
         tables.show(f"\n{finding.title}", style="bold", markup=False, highlight=False)
         for table in finding.tables:
             tables.show(scores.finding_table(table))
         tables.show(finding.reading, markup=False, highlight=False)
-    tables.written(result.paths)
+    tables.show_paths(result.paths)
     return tables.show_failures(result.failures)

@@ -1,7 +1,7 @@
-"""From the words of a command line to checked options, and from whatever goes wrong to one line and an exit status.
+"""Parse a command line into checked options, and turn every error into one line and an exit status.
 
-Hydra composes the options; in front of it, free text is quoted for its grammar and mistakes are named in our words.
-`-q` and `-v` say how much a command prints; what went wrong is always printed.
+Hydra composes the options. Before that, free text is quoted for Hydra's grammar, and mistakes get error messages of
+our own. `-q` and `-v` set how much a command prints; errors are always printed.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ HELP = """\
 is_quiet = False
 
 
-class _Notes(logging.Formatter):
+class _NoteFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 @contextmanager
 def verbosity(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Obey `-q` and `-v` while the block runs; gives the other arguments."""
+    """Apply `-q` and `-v` while the block runs; yields the other arguments."""
     global is_quiet
     given = set(arguments)
     is_quiet = bool(given & QUIET)
     level = logging.ERROR if is_quiet else logging.INFO if given & VERBOSE else logging.WARNING
     handler = logging.StreamHandler()
-    handler.setFormatter(_Notes("note: %(message)s"))
+    handler.setFormatter(_NoteFormatter("note: %(message)s"))
     package = logging.getLogger("localization_heads")
     package.handlers[:], package.propagate = [handler], False
     package.setLevel(level)
     try:
-        with _no_bars() if is_quiet else nullcontext():
+        with _no_progress_bars() if is_quiet else nullcontext():
             yield [argument for argument in arguments if argument not in QUIET | VERBOSE]
     finally:
         is_quiet = False
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Switch progress bars off, also those of libraries."""
+def _no_progress_bars() -> Iterator[None]:
+    """Disable tqdm's progress bars, including those of libraries."""
     from tqdm import tqdm
 
     before = tqdm.__init__
@@ -67,17 +67,17 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = before
 
 
-NOT_SET_UP = (
+SETUP_HINT = (
     "lacks what this needs: `make setup`, then `source .venv/bin/activate`; "
     "or `pip install -r requirements.txt` in an environment of your own"
 )
 
-_QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
-_ITEM = re.compile(r"""\s*('[^'\\]+'|"[^"\\]+"|[^,]*?)\s*(?:,|\Z)""")  # of a list
+_QUOTED_FOR_HYDRA = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # quoted by the user, for Hydra
+_LIST_ITEM = re.compile(r"""\s*('[^'\\]+'|"[^"\\]+"|[^,]*?)\s*(?:,|\Z)""")  # one item of a list
 
 
-class Given(NamedTuple):
-    """What a command line says: its options, the model preset that was chosen, and the words as they were written."""
+class CommandLine(NamedTuple):
+    """A parsed command line: the checked options, the selected model preset, and the overrides as written."""
 
     options: Any
     model_choice: str
@@ -85,12 +85,12 @@ class Given(NamedTuple):
 
 
 def run(
-    main: Callable[[Given], int], config_name: str, program: str, argv: Sequence[str] | None = None
+    main: Callable[[CommandLine], int], config_name: str, program: str, argv: Sequence[str] | None = None
 ) -> int:
-    """Compose and check the options of `config_name` and call `main` with them; returns the exit status.
+    """Compose and check the options of `config_name`, call `main` with them, and return the exit status.
 
-    0 all went well, 1 some work failed, 2 wrong use; an error is one line on standard error. A traceback is
-    shown only with `debug=true` or `HYDRA_FULL_ERROR=1`.
+    The status is 0 for success, 1 if some work failed and 2 for wrong use. An error is one line on standard error; a
+    traceback is shown only with `debug=true` or `HYDRA_FULL_ERROR=1`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(arguments):
@@ -104,20 +104,20 @@ def run(
         with verbosity(arguments) as options:
             return _run_hydra(main, config_name, program, options)
     except KeyboardInterrupt:
-        return _fail(
+        return _report_error(
             "interrupted; what was finished is kept, and the same command goes on from there", 130, debug
         )
     except (UsageError, WorkError) as error:
-        return _fail(str(error), error.exit_status, debug)
+        return _report_error(str(error), error.exit_status, debug)
     except Exception as error:
         if (message := _option_error(error, config_name)) is not None:
-            return _fail(message, UsageError.exit_status, debug)
-        return _fail(f"{type(error).__name__}: {_one_line(error)} (debug=true shows where)", 1, debug)
+            return _report_error(message, UsageError.exit_status, debug)
+        return _report_error(f"{type(error).__name__}: {_one_line(error)} (debug=true shows where)", 1, debug)
 
 
 def called_as() -> str:
-    """The command as it was typed: `python x.py`, `python -m package` or the name of a console script."""
-    name = os.path.basename(sys.argv[0])  # noqa: PTH119  (Path("") has a name of its own)
+    """The command as typed: `python x.py`, `python -m package` or the name of a console script."""
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119  (Path("").name is not "")
     if not name.endswith(".py"):
         return name
     spec = sys.modules["__main__"].__spec__
@@ -125,11 +125,11 @@ def called_as() -> str:
 
 
 def help_text(config_name: str, program: str) -> str:
-    """How the program is called, and every option of it."""
+    """The usage line and every option of a program."""
     try:
         from localization_heads.options.compose import help_text as options_text
     except ModuleNotFoundError:
-        return f"{sys.executable} {NOT_SET_UP}\n"
+        return f"{sys.executable} {SETUP_HINT}\n"
     return f"usage: {program} [-q | -v] [--version] [NAME=VALUE ...]\n\n{HELP.strip()}\n\n{options_text(config_name)}"
 
 
@@ -137,8 +137,8 @@ def quote_free_text(argument: str, sweeps: bool = False, config_name: str = "fin
     """Quote the value of a free-text option for Hydra, so that users need only quote for their shell.
 
     Args:
-        argument: `NAME=VALUE`; what is no text stays as it is.
-        sweeps: whether a list of options may be swept over: those that take lists are then Hydra's to read.
+        argument: `NAME=VALUE`; returned unchanged if the option takes no free text.
+        sweeps: whether this is a multirun, in which Hydra reads a list of values as a sweep.
 
     >>> quote_free_text("query=the dog, on the left"), quote_free_text("exclude=[a b.jsonl,c=d.jsonl]")
     ("query='the dog, on the left'", "exclude=['a b.jsonl','c=d.jsonl']")
@@ -154,87 +154,93 @@ def quote_free_text(argument: str, sweeps: bool = False, config_name: str = "fin
         if sweeps or value == "[]":
             return argument
         if value[0] == "[" and value[-1] == "]":
-            items = [item for item in _ITEM.findall(value[1:-1] + ",")[:-1] if item]
+            items = [item for item in _LIST_ITEM.findall(value[1:-1] + ",")[:-1] if item]
             return f"{name}=[{','.join(map(_quoted, items))}]"
     return f"{name}={_quoted(value)}"
 
 
 def _quoted(value: str) -> str:
-    if _QUOTED.fullmatch(value):
+    if _QUOTED_FOR_HYDRA.fullmatch(value):
         return value
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # text, not an interpolation of OmegaConf's
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no OmegaConf interpolation
     value = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value)  # backslashes before a quote would escape it
     value = value.replace("'", "\\'")
     return f"'{value}'"
 
 
-def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arguments: list[str]) -> int:
+def _run_hydra(
+    main: Callable[[CommandLine], int], config_name: str, program: str, arguments: list[str]
+) -> int:
     try:
         import hydra
         from hydra.core.hydra_config import HydraConfig
 
         from localization_heads.options.compose import implied_overrides, register, validate
     except ModuleNotFoundError:
-        raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
+        raise UsageError(f"{sys.executable} {SETUP_HINT}") from None
     register(config_name)
-    flags, words, sweeps = _flags_and_words(arguments)
-    for place, word in enumerate(words):
+    flags, overrides, sweeps = _split_flags(arguments)
+    for index, word in enumerate(overrides):
         if word[:1] == "-" or ("=" not in word and word[:1] not in ("+", "~")):
-            raise UsageError(_loose_word(words, place, config_name))
+            raise UsageError(_stray_word_error(overrides, index, config_name))
     if config_name == "finder":
-        words = [re.sub("^steer=", "ablate.steer=", word) for word in words]
-    words = [quote_free_text(word, sweeps, config_name) for word in words]
-    own_choices = not any(word.startswith(("-cd", "--config-d", "hydra.searchpath=")) for word in arguments)
-    _check_grammar(words, config_name, sweeps, own_choices)
-    words += implied_overrides(config_name, words)
+        overrides = [re.sub("^steer=", "ablate.steer=", override) for override in overrides]
+    overrides = [quote_free_text(override, sweeps, config_name) for override in overrides]
+    only_our_presets = not any(
+        argument.startswith(("-cd", "--config-d", "hydra.searchpath=")) for argument in arguments
+    )
+    _check_grammar(overrides, config_name, sweeps, only_our_presets)
+    overrides += implied_overrides(config_name, overrides)
     statuses: list[int] = []
-    problems: list[BaseException] = []
-    here = _process()
+    errors: list[BaseException] = []
+    main_process = _process_id()
 
     def job(cfg: Any) -> None:
         try:
-            options = validate(config_name, cfg)  # first: the overrides may hold what cannot be resolved
-            chosen = HydraConfig.get()
-            model, overrides = chosen.runtime.choices.get("model", ""), tuple(chosen.overrides.task)
-            status = main(Given(options, model, overrides))
-        except BaseException as error:  # Hydra would print a line of its own about it
-            if _process() != here:
+            options = validate(config_name, cfg)  # first, since an override may hold an invalid interpolation
+            hydra_config = HydraConfig.get()
+            model = hydra_config.runtime.choices.get("model", "")
+            status = main(CommandLine(options, model, tuple(hydra_config.overrides.task)))
+        except BaseException as error:  # Hydra would print another line about it
+            if _process_id() != main_process:
                 raise
-            problems.append(error)
+            errors.append(error)
             return
-        if _process() != here and status:
+        if _process_id() != main_process and status:
             raise WorkError(f"a job of the sweep ended with status {status}; its log says why")
         statuses.append(status)
 
     entry = hydra.main(
         version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
     )(job)
-    with _as_hydra_wants_it([program, *flags, *words]):
+    with _hydra_environment([program, *flags, *overrides]):
         try:
             entry()
         except Exception as error:
             if not type(error).__module__.startswith("submitit"):
                 raise
-            raise WorkError(_why_a_job_failed(error)) from error
-    if problems:
-        raise problems[0]
+            raise WorkError(_job_error(error)) from error
+    if errors:
+        raise errors[0]
     return max(statuses, default=0)
 
 
-def _process() -> tuple[str, int]:
-    """Where this runs: a launcher of Hydra's runs the jobs of a sweep elsewhere, and only errors come back."""
+def _process_id() -> tuple[str, int]:
+    """Host and process: a Hydra launcher may run the jobs of a sweep elsewhere, from where only errors come back."""
     return platform.node(), os.getpid()
 
 
-def _why_a_job_failed(error: Exception) -> str:
-    """The last line of the traceback that submitit sends home."""
-    found = re.findall(r"^[\w.]*?(\w+): (.+)$", str(error).split("You can check full logs")[0], re.MULTILINE)
-    name, reason = found[-1] if found else ("", _one_line(error))
+def _job_error(error: Exception) -> str:
+    """The message of the last exception in the traceback that submitit returns."""
+    matches = re.findall(
+        r"^[\w.]*?(\w+): (.+)$", str(error).split("You can check full logs")[0], re.MULTILINE
+    )
+    name, reason = matches[-1] if matches else ("", _one_line(error))
     return reason if name in ("UsageError", "WorkError") else f"a job of the sweep failed: {name}: {reason}"
 
 
-def _flags_and_words(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """Hydra's own flags with their values, the words (`NAME=VALUE`), and whether the flags ask for a sweep."""
+def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """Hydra's flags with their values, the overrides (`NAME=VALUE`), and whether the flags request a multirun."""
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -243,33 +249,33 @@ def _flags_and_words(arguments: Sequence[str]) -> tuple[list[str], list[str], bo
         known, unknown = parser.parse_known_intermixed_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(f"{_one_line(error)}; --help lists all options") from None
-    words = [word for word in arguments if word in known.overrides or word in unknown]
-    return [flag for flag in arguments if flag not in words], words, bool(known.multirun)
+    overrides = [word for word in arguments if word in known.overrides or word in unknown]
+    return [flag for flag in arguments if flag not in overrides], overrides, bool(known.multirun)
 
 
-def _loose_word(words: Sequence[str], place: int, config_name: str) -> str:
-    """The error for a word that the shell has cut off a text, or that lacks its value."""
+def _stray_word_error(words: Sequence[str], index: int, config_name: str) -> str:
+    """The error for a word that is not `NAME=VALUE`: part of an unquoted text, or an option without its value."""
     from localization_heads.options.compose import option_names
     from localization_heads.options.declaration import did_you_mean, read_as
 
-    word, before = words[place], words[place - 1] if place else ""
-    cut_off = option_names(config_name).get(before.partition("=")[0])
-    if cut_off is not None and read_as(cut_off) != "value":
-        rest = [before, *words[place:]]
+    word, previous = words[index], words[index - 1] if index else ""
+    previous_option = option_names(config_name).get(previous.partition("=")[0])
+    if previous_option is not None and read_as(previous_option) != "value":
+        rest = [previous, *words[index:]]
         stop = next((i for i, other in enumerate(rest) if i and "=" in other), len(rest))
-        whole = shlex.quote(" ".join(rest[:stop]))
-        return f"{word[:200]} belongs to no option; a text with spaces needs quotes: {whole[:400]}"
-    if word in _names(config_name):
+        quoted = shlex.quote(" ".join(rest[:stop]))
+        return f"{word[:200]} belongs to no option; a text with spaces needs quotes: {quoted[:400]}"
+    if word in _option_and_group_names(config_name):
         return f"{word} has no value: write {word}=VALUE; --help lists all options"
-    word = word[:200]
-    return f"{word}: write NAME=VALUE; {did_you_mean(word, _names(config_name))}--help lists all options"
+    hint = did_you_mean(word[:200], _option_and_group_names(config_name))
+    return f"{word[:200]}: write NAME=VALUE; {hint}--help lists all options"
 
 
-def _check_grammar(words: Sequence[str], config_name: str, sweeps: bool, own_choices: bool) -> None:
-    """Raises UsageError for the first word that Hydra could not read, or would take as another command.
+def _check_grammar(overrides: Sequence[str], config_name: str, sweeps: bool, only_our_presets: bool) -> None:
+    """Raise UsageError for the first override that Hydra cannot read or would misinterpret.
 
     Args:
-        own_choices: whether the groups have our choices alone, and not those of another folder as well.
+        only_our_presets: whether the groups have no presets from a config folder of the user's.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -277,38 +283,38 @@ def _check_grammar(words: Sequence[str], config_name: str, sweeps: bool, own_cho
     from localization_heads.options.compose import choices_of, default_choices
 
     parser, groups = OverridesParser.create(), default_choices(config_name)
-    for word in words:
+    for override in overrides:
         try:
-            override = parser.parse_override(word)
-        except (HydraException, RecursionError, ValueError) as error:  # of 5,000 digits
-            raise UsageError(_unreadable(word, error, groups, config_name)) from error
-        name = override.key_or_group
-        if not name or (word[0] in "+~" and not name.startswith("hydra")):
-            raise UsageError(unknown_option(word.partition("=")[0], config_name))
-        if override.is_sweep_override():
+            parsed = parser.parse_override(override)
+        except (HydraException, RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
+            raise UsageError(_grammar_error(override, error, groups, config_name)) from error
+        name = parsed.key_or_group
+        if not name or (override[0] in "+~" and not name.startswith("hydra")):
+            raise UsageError(_unknown_option_error(override.partition("=")[0], config_name))
+        if parsed.is_sweep_override():
             if not sweeps:
-                raise UsageError(f"{word[:200]}: give one value; a list is written [A,B]")
-        elif name in groups and own_choices and override.value() not in choices_of(name):
-            raise UsageError(_no_choice(name, word.partition("=")[2], config_name))
-        elif (name in groups or "/" in name) and not isinstance(override.value(), str):
-            raise UsageError(f"{word[:200]}: name one choice of {name}")
+                raise UsageError(f"{override[:200]}: give one value; a list is written [A,B]")
+        elif name in groups and only_our_presets and parsed.value() not in choices_of(name):
+            raise UsageError(_unknown_choice_error(name, override.partition("=")[2], config_name))
+        elif (name in groups or "/" in name) and not isinstance(parsed.value(), str):
+            raise UsageError(f"{override[:200]}: name one choice of {name}")
 
 
-def _unreadable(argument: str, error: Exception, groups: Mapping[str, str], config_name: str) -> str:
-    """The error for an argument that Hydra's grammar refuses: what the option takes, where that is the trouble."""
+def _grammar_error(argument: str, error: Exception, groups: Mapping[str, str], config_name: str) -> str:
+    """The error for an override that Hydra's grammar refuses, with what the option takes if it is known."""
     from localization_heads.options.compose import option_names
     from localization_heads.options.declaration import describe_requirement
 
     name, _, value = argument.partition("=")
     if name in groups:
-        return _no_choice(name, value, config_name)
+        return _unknown_choice_error(name, value, config_name)
     if field := option_names(config_name).get(name):
         return f"{argument[:200]}: {describe_requirement(field, value)}"
     return f"{argument[:200]}: cannot be read as NAME=VALUE ({_one_line(error)})"
 
 
-def _no_choice(group: str, value: str, config_name: str) -> str:
-    """The error for a choice that a group does not have."""
+def _unknown_choice_error(group: str, value: str, config_name: str) -> str:
+    """The error for a preset that a group does not have."""
     from localization_heads.options.compose import choices_of, option_names
     from localization_heads.options.declaration import did_you_mean, read_as
 
@@ -322,8 +328,8 @@ def _no_choice(group: str, value: str, config_name: str) -> str:
 
 
 @contextmanager
-def _as_hydra_wants_it(argv: list[str]) -> Iterator[None]:
-    """Hydra reads `sys.argv`, and told so by the environment it raises instead of printing and exiting."""
+def _hydra_environment(argv: list[str]) -> Iterator[None]:
+    """Set `sys.argv`, which Hydra reads, and HYDRA_FULL_ERROR, with which it raises instead of exiting."""
     before = sys.argv
     sys.argv = argv
     try:
@@ -337,14 +343,14 @@ def _as_hydra_wants_it(argv: list[str]) -> Iterator[None]:
 def environment(**values: str | None) -> Iterator[None]:
     """Set environment variables while the block runs; None removes one."""
     before = {name: os.environ.get(name) for name in values}
-    _set(values)
+    _set_environment(values)
     try:
         yield
     finally:
-        _set(before)
+        _set_environment(before)
 
 
-def _set(values: Mapping[str, str | None]) -> None:
+def _set_environment(values: Mapping[str, str | None]) -> None:
     for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)
@@ -353,7 +359,7 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 
 def _option_error(error: Exception, config_name: str) -> str | None:
-    """One line for what Hydra or OmegaConf refused, or None if the error is not about an option."""
+    """A one-line message for an error of Hydra or OmegaConf, None if the error is not about an option."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -361,7 +367,7 @@ def _option_error(error: Exception, config_name: str) -> str | None:
         return None
     text = str(error)
     if match := re.search(r"Could not override '([^']*)'", text):
-        return unknown_option(match[1], config_name)
+        return _unknown_option_error(match[1], config_name)
     if match := re.match(r"Interpolation key '([^']*)' not found\s+full_key: (\S+)", text):
         return f"{match[2]}=${{{match[1]}}}: there is no option {match[1]}"
     if match := re.match(r"Error merging override (.*)", text):
@@ -369,16 +375,16 @@ def _option_error(error: Exception, config_name: str) -> str | None:
     return f"the options cannot be read: {_one_line(error)}"
 
 
-def unknown_option(name: str, config_name: str) -> str:
-    """The error for an option that does not exist, with the nearest one that does."""
+def _unknown_option_error(name: str, config_name: str) -> str:
+    """The error for an option that does not exist, with the most similar one."""
     from localization_heads.options.declaration import did_you_mean
 
-    near = did_you_mean(name, [f"{option}=" for option in _names(config_name)])
+    near = did_you_mean(name, [f"{option}=" for option in _option_and_group_names(config_name)])
     return f"{name[:200]}= is no option: {near}--help lists all"
 
 
-def _names(config_name: str) -> list[str]:
-    """Every option and every group, as the command line knows them."""
+def _option_and_group_names(config_name: str) -> list[str]:
+    """The names of all options and groups on the command line."""
     from localization_heads.options.compose import default_choices, option_names
 
     return sorted({*option_names(config_name), *default_choices(config_name)})
@@ -388,7 +394,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split("\nSee ")[0].split())[:400]
 
 
-def _fail(message: str, status: int, debug: bool) -> int:
+def _report_error(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     sys.stderr.write(printable(f"error: {message}\n"))

@@ -1,4 +1,4 @@
-"""The printed tables of numbers: metrics, benchmarks' own, confidence, calibration, experiments."""
+"""Printed tables of numbers: metrics, a benchmark's protocol, confidence, calibration, experiments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEADINGS = {
 }
 
 
-NAMES = {
+METHOD_NAMES = {
     "random_heads": "random heads",
     "all_heads": "all heads",
     "centre_box": "centre box",
@@ -44,37 +44,37 @@ NAMES = {
 }
 
 
-WIDE = 8
-"""Metrics whose intervals fit on one line each in 80 columns."""
+ONE_LINE_INTERVALS = 8
+"""Up to this many metrics, an interval fits on one line in 80 columns."""
 
 
-MOST_SIDE_BY_SIDE = 10
-"""Metrics that fit in 80 columns with their intervals on two lines."""
+MAX_COLUMNS = 10
+"""Metrics that fit in 80 columns with each interval on two lines."""
 
 
-SHORT = 14
-"""Cells of at most this many characters are never folded."""
+MAX_SHORT_CELL = 14
+"""Columns whose cells have at most this many characters are not folded."""
 
 
-HEADING = 16
-"""Width at which the headings above such cells are folded."""
+HEADING_WIDTH = 16
+"""Width at which the headings of such columns are folded."""
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Group:
-    """The scores of `stage=evaluate`: a row per method, a column per metric, below each value its 95 % interval.
+    """The scores of `stage=evaluate`: a row per method, a column per metric, with the 95 % interval below each value.
 
-    The localization heads come first, the controls below, and how far the heads are ahead of random ones. More metrics
-    than fit side by side in 80 columns stand in two halves, one below the other.
+    The localization heads come first, then the controls; the caption gives the difference from random heads. Metrics
+    that do not fit in 80 columns are split into two tables.
     """
     shown = [name for name in HEADINGS if name in metrics]
     half = -(-len(shown) // 2)
-    parts = [shown] if len(shown) <= MOST_SIDE_BY_SIDE else [shown[:half], shown[half:]]
-    tables = [_scores(metrics, part) for part in parts]
-    tables[0].title, tables[-1].caption = _title(metrics), _ahead(metrics)
+    parts = [shown] if len(shown) <= MAX_COLUMNS else [shown[:half], shown[half:]]
+    tables = [_scores_table(metrics, part) for part in parts]
+    tables[0].title, tables[-1].caption = _title(metrics), _difference_caption(metrics)
     return Group(*tables)
 
 
-def _scores(metrics: Mapping[str, Any], shown: Sequence[str]) -> Table:
+def _scores_table(metrics: Mapping[str, Any], shown: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in shown:
@@ -82,9 +82,11 @@ def _scores(metrics: Mapping[str, Any], shown: Sequence[str]) -> Table:
     single = {"single_box": metrics["single_box"]} if "single_box" in metrics else {}
     methods = {"heads": metrics, **single, **metrics.get("controls", {})}
     for number, (name, row) in enumerate(methods.items()):
-        narrow = len(shown) > WIDE
-        cells = [_score_cell(row.get(metric), row.get(f"{metric}_interval", ()), narrow) for metric in shown]
-        table.add_row(NAMES.get(name, name), *cells, style="" if number else "bold")
+        is_narrow = len(shown) > ONE_LINE_INTERVALS
+        cells = [
+            _score_cell(row.get(metric), row.get(f"{metric}_interval", ()), is_narrow) for metric in shown
+        ]
+        table.add_row(METHOD_NAMES.get(name, name), *cells, style="" if number else "bold")
     return table
 
 
@@ -99,8 +101,8 @@ def _title(metrics: Mapping[str, Any]) -> str:
     return f"Scores of {', '.join(parts)}"
 
 
-def _ahead(metrics: Mapping[str, Any]) -> str | None:
-    """The paired difference to random heads of the same layers: whether the heads are luck."""
+def _difference_caption(metrics: Mapping[str, Any]) -> str | None:
+    """The paired difference from random heads of the same layers, with its interval."""
     random = metrics.get("controls", {}).get("random_heads")
     if random is None:
         return None
@@ -113,38 +115,38 @@ def _ahead(metrics: Mapping[str, Any]) -> str | None:
     return f"95 % intervals; heads ahead of random heads: {', '.join(parts)}"
 
 
-def _score_cell(value: float | None, interval: Sequence[float | None], narrow: bool) -> str:
-    """The value, and its interval below, on two lines where columns are `narrow`."""
+def _score_cell(value: float | None, interval: Sequence[float | None], is_narrow: bool) -> str:
+    """The value with its interval below, on two lines in a narrow column."""
     if value is None:
         return "-"
-    low, high = (_short(bound) for bound in interval)
-    return f"{value:.3f}\n{low}-\n{high}" if narrow else f"{value:.3f}\n{low}-{high}"
+    low, high = (_bound_text(bound) for bound in interval)
+    return f"{value:.3f}\n{low}-\n{high}" if is_narrow else f"{value:.3f}\n{low}-{high}"
 
 
-def _short(bound: float | None) -> str:
-    """`.36`, `1.0`: as narrow as a bound can be."""
+def _bound_text(bound: float | None) -> str:
+    """A bound in three characters: `.36`, `1.0`."""
     if bound is None:
         return "?"
     text = f"{bound:.2f}"
     return "1.0" if text == "1.00" else text.removeprefix("0")
 
 
-def finding_table(found: FindingTable) -> Table:
+def finding_table(finding: FindingTable) -> Table:
     """A table of an experiment, in the paper's layout."""
-    table = Table(title=cell(found.title) if found.title else None)
-    for number, column in enumerate(found.columns):
-        short = all(len(row[number]) <= SHORT for row in found.rows)
+    table = Table(title=cell(finding.title) if finding.title else None)
+    for index, column in enumerate(finding.columns):
+        is_short = all(len(row[index]) <= MAX_SHORT_CELL for row in finding.rows)
         heading = cell(column)
-        if short:  # rich folds no heading of such a column, but cuts the columns beside a long one
-            heading = fill(heading, HEADING)
-        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=short)
-    for row in found.rows:
+        if is_short:  # rich does not fold a heading with no_wrap, but truncates the neighbouring columns
+            heading = fill(heading, HEADING_WIDTH)
+        table.add_column(heading, justify="right" if index else "left", overflow="fold", no_wrap=is_short)
+    for row in finding.rows:
         table.add_row(*(cell(text) for text in row))
     return table
 
 
 def protocol_table(protocol: Mapping[str, Any]) -> Table | None:
-    """The block `protocol` of `metrics.json`: each number with its 95 % interval; None where it has no number."""
+    """The block `protocol` of `metrics.json`: each number with its 95 % interval. None if it has no numbers."""
     numbers = [name for name in protocol if f"{name}_interval" in protocol]
     if not numbers:
         return None
@@ -159,7 +161,7 @@ def protocol_table(protocol: Mapping[str, Any]) -> Table | None:
     return table
 
 
-TRUST = {
+CONFIDENCE_ROWS = {
     "auroc_right": "AUROC: right boxes against wrong ones",
     "auroc_present": "AUROC: present against absent",
     "text_only": "  the same from the expression alone",
@@ -171,26 +173,28 @@ TRUST = {
     "n_acc": "N-acc: absent, and said to be",
     "t_acc": "T-acc: present, and not said to be absent",
 }
-"""In the order of the table; what is not known is left out."""
+"""Labels in the order of the table; a value that is not known is left out."""
 
 
-def confidence_table(trust: Mapping[str, Any]) -> Table:
+def confidence_table(confidence: Mapping[str, Any]) -> Table:
     """The block `confidence` of metrics.json: each number with its 95 % interval."""
-    raw = "" if trust["calibrated"] else ", uncalibrated (stage=calibrate makes probabilities)"
-    absent = f", {trust['num_absent']} absent" if trust["num_absent"] else ""
-    title = f"Confidence of {trust['num_answers']} answers, {trust['num_right']} right{absent}{raw}"
-    return _trust_table(title, trust)
+    raw = "" if confidence["calibrated"] else ", uncalibrated (stage=calibrate makes probabilities)"
+    absent = f", {confidence['num_absent']} absent" if confidence["num_absent"] else ""
+    title = f"Confidence of {confidence['num_answers']} answers, {confidence['num_right']} right{absent}{raw}"
+    return _confidence_table(title, confidence)
 
 
-def calibration_table(found: Calibration) -> Table:
-    """How well the fit does on entries that it was not made of, and the signals with their weights."""
-    said = found.measured
-    counts = f"{said['num_right']} right, {said['num_wrong']} wrong, {said['num_absent']} of them absent"
-    caption = f"of a right box: {_signals(found.right)}"
-    if found.present is not None:
-        caption = f"signals of presence: {_signals(found.present)}; {caption}"
-    return _trust_table(
-        f"Calibration on {found.num_labels} entries ({counts}), cross-validated", said, caption
+def calibration_table(calibration: Calibration) -> Table:
+    """The cross-validated numbers of a calibration, and the names of its signals."""
+    numbers = calibration.measured
+    counts = (
+        f"{numbers['num_right']} right, {numbers['num_wrong']} wrong, {numbers['num_absent']} of them absent"
+    )
+    caption = f"of a right box: {_signals(calibration.right)}"
+    if calibration.present is not None:
+        caption = f"signals of presence: {_signals(calibration.present)}; {caption}"
+    return _confidence_table(
+        f"Calibration on {calibration.num_labels} entries ({counts}), cross-validated", numbers, caption
     )
 
 
@@ -198,12 +202,12 @@ def _signals(factor: Logistic) -> str:
     return ", ".join(factor.weights) or "none"
 
 
-def _trust_table(title: str, numbers: Mapping[str, Any], caption: str | None = None) -> Table:
+def _confidence_table(title: str, numbers: Mapping[str, Any], caption: str | None = None) -> Table:
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
-    for name, label in TRUST.items():
+    for name, label in CONFIDENCE_ROWS.items():
         if numbers.get(name) is not None:
             table.add_row(label, f"{numbers[name]:.3f}", _interval(numbers.get(f"{name}_interval")))
     return table

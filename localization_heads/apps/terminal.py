@@ -1,4 +1,4 @@
-"""The conversation of `cli_mode=true`: streaming answers and a few commands that begin with a slash."""
+"""The conversation of `cli_mode=true`: streamed answers, and a few commands that begin with a slash."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ Type a question and press Enter. Ctrl-C stops an answer.
 
 
 def converse(run: ChatRun) -> int:
-    """Read lines until `/exit` or the end of the input."""
-    session, read = Session(run, start(run)), line_reader()
-    say(f"{run.lvlm.name}: /help lists the commands")
+    """Answer questions and commands until `/exit` or the end of the input."""
+    session, read_line = Session(run, start(run)), make_line_reader()
+    print_line(f"{run.lvlm.name}: /help lists the commands")
     while True:
         try:
-            line = read().strip()
+            line = read_line().strip()
         except EOFError:
             return 0
         except KeyboardInterrupt:
-            say("/exit leaves")
+            print_line("/exit leaves")
             continue
         if line == "/exit":
             return 0
@@ -59,14 +59,14 @@ def converse(run: ChatRun) -> int:
 
 
 def start(run: ChatRun) -> Conversation:
-    """A conversation about `image_file`, if one is named."""
+    """Start a conversation, about `image_file` if it is given."""
     run.lvlm.recent.max_bytes = run.options.picture_memory * 2**20
     image = load_image(run.resolve_image(run.options.image_file)) if run.options.image_file else None
     return Conversation(run.lvlm, image, run.options.max_new_tokens)
 
 
 def print_answer(conversation: Conversation, question: str) -> None:
-    """Print the answer as it comes. Ctrl-C stops it, and the program goes on."""
+    """Print the answer while it is generated. Ctrl-C stops the answer, not the program."""
     pieces = conversation.ask(question)
     try:
         for piece in pieces:
@@ -81,7 +81,7 @@ def print_answer(conversation: Conversation, question: str) -> None:
 
 @dataclass
 class Session:
-    """A conversation and the image it is about."""
+    """A conversation, and the commands on its image."""
 
     run: ChatRun
     conversation: Conversation
@@ -89,14 +89,14 @@ class Session:
     def __post_init__(self) -> None:
         self.image_name = str(self.run.resolve_image(self.run.options.image_file or ""))
         self.commands: dict[str, Callable[[str], None]] = {
-            "/image": self.look_at,
+            "/image": self.change_image,
             "/ground": self.ground,
             "/trace": self.trace,
-            "/help": lambda _: say(HELP),
+            "/help": lambda _: print_line(HELP),
         }
 
     def handle(self, line: str) -> None:
-        """Carry out one line; what goes wrong is said, and the conversation goes on."""
+        """Answer a question or run a command. Errors are printed, and the conversation continues."""
         word, _, rest = line.partition(" ")
         try:
             if not line.startswith("/"):
@@ -104,50 +104,51 @@ class Session:
             elif word in self.commands:
                 self.commands[word](rest.strip())
             else:
-                say(f"{word} is no command; /help lists them")
+                print_line(f"{word} is no command; /help lists them")
         except (UsageError, WorkError) as error:
-            say(f"error: {error}")
+            print_line(f"error: {error}")
         except KeyboardInterrupt:
-            say("stopped")
-        except Exception as error:  # no single failure may end the conversation
-            say(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
+            print_line("stopped")
+        except Exception as error:  # no failure may end the conversation
+            print_line(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
 
-    def look_at(self, path: str) -> None:
+    def change_image(self, path: str) -> None:
+        """Load another image and start a new conversation about it."""
         if not path:
             raise UsageError("write /image PATH")
         source = self.run.resolve_image(expand_home(path))
         image = load_image(source)
         self.conversation.look_at(image)
         self.image_name = str(source)
-        say(f"looking at {source}, {image.width} x {image.height} pixels")
+        print_line(f"looking at {source}, {image.width} x {image.height} pixels")
 
     def ground(self, expression: str) -> None:
-        """Print the box and save the overlay."""
+        """Print the box and save the figure."""
         from localization_heads import figures
 
-        image = self._image(expression, "/ground EXPRESSION, such as /ground the dog")
+        image = self._require_image(expression, "/ground EXPRESSION, such as /ground the dog")
         lvlm = self.run.lvlm.prompted(self._conv_mode())
-        options, segmenter, heads = self.run.options.grounding, self.run.segmenter, self._heads()
-        found = ground(
+        options, heads = self.run.options, self._heads()
+        grounding = ground(
             lvlm,
             image,
             expression,
             heads,
-            options=options,
-            segmenter=segmenter,
+            options=options.grounding,
+            segmenter=self.run.segmenter,
             calibration=self.run.calibration_for(heads, lvlm),
-            abstain=self.run.options.abstain,
+            abstain=options.abstain,
         )
         path = self._path(expression, "_grounding.png")
-        figures.plot_grounding(image, found, path, expression=expression)
-        say(f"box {grounding_text(found, describe_preset('grounding', self.run.options.grounding))}")
-        say(f"wrote {path}")
+        figures.plot_grounding(image, grounding, path, expression=expression)
+        print_line(f"box {grounding_text(grounding, describe_preset('grounding', options.grounding))}")
+        print_line(f"wrote {path}")
 
     def trace(self, question: str) -> None:
-        """Print the answer with the box of each word, and save page and figure. The conversation does not go on."""
-        image = self._image(question, "/trace QUESTION, such as /trace what is in this image?")
+        """Print the answer with the box of each word, and save page and figure. It is not part of the conversation."""
+        image = self._require_image(question, "/trace QUESTION, such as /trace what is in this image?")
         options = self.run.options
-        found = self.run.lvlm.trace(
+        trace = self.run.lvlm.trace(
             image,
             question,
             self._heads(),
@@ -155,26 +156,26 @@ class Session:
             options=options.grounding,
         )
         page = self._path(question, "_trace.html")
-        paths = write_trace(replace(found, image_file=self.image_name), image, page)
-        say(found.answer or "(nothing)")
-        for word, box in zip(found.words, found.boxes, strict=True):
-            say(f"  {word.text}: {'nothing stands out' if box is None else box_text(box)}")
+        paths = write_trace(replace(trace, image_file=self.image_name), image, page)
+        print_line(trace.answer or "(nothing)")
+        for word, box in zip(trace.words, trace.boxes, strict=True):
+            print_line(f"  {word.text}: {'nothing stands out' if box is None else box_text(box)}")
         for path in paths:
-            say(f"wrote {path}")
+            print_line(f"wrote {path}")
 
-    def _image(self, asked: str, how: str) -> Image.Image:
-        """The image that something is asked about. UsageError without one, or where nothing is asked."""
+    def _require_image(self, text: str, usage: str) -> Image.Image:
+        """The image of the conversation. UsageError if there is none, or if the command has no text."""
         if self.conversation.image is None:
             raise UsageError("there is no image yet: /image PATH")
-        if not asked:
-            raise UsageError(f"write {how}")
+        if not text:
+            raise UsageError(f"write {usage}")
         return self.conversation.image
 
     def _conv_mode(self) -> ConvMode:
-        """The prompt that the heads were found with; the paper's where that is not known."""
-        found = (self.run.heads_found_with or {}).get("conv_mode")
+        """The prompt that the heads were found with, or the paper's if it is not known."""
+        found_with = (self.run.heads_found_with or {}).get("conv_mode")
         modes: tuple[ConvMode, ...] = get_args(ConvMode)
-        return next((mode for mode in modes if mode == found), "referseg")
+        return next((mode for mode in modes if mode == found_with), "referseg")
 
     def _heads(self) -> tuple[Head, ...] | None:
         heads = self.run.named_heads
@@ -182,18 +183,18 @@ class Session:
         return heads
 
     def _path(self, text: str, ending: str) -> Path:
-        """Of a file about the image and what was asked."""
+        """The path of an output file for the image and a text."""
         id = default_id(self.image_name or "picture", text)
         return entry_path(self.run.attention_folder, id, ending)
 
 
-def line_reader() -> Callable[[], str]:
-    """How lines come in: with history and completion on a terminal, plainly from a pipe. EOFError at the end."""
+def make_line_reader() -> Callable[[], str]:
+    """A function that reads a line, with history and completion on a terminal. It raises EOFError at the end."""
     if sys.stdin.isatty():
-        return _prompt()
+        return _make_prompt()
 
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes in another encoding cost their line only
+        sys.stdin.reconfigure(errors="surrogateescape")  # undecodable bytes fail their own line only
 
     def read() -> str:
         if not (line := sys.stdin.readline()):
@@ -203,8 +204,8 @@ def line_reader() -> Callable[[], str]:
     return read
 
 
-def _prompt() -> Callable[[], str]:
-    """A line with editing; up and ctrl-R find earlier lines, also of earlier conversations, Tab completes."""
+def _make_prompt() -> Callable[[], str]:
+    """A prompt with editing, completion by Tab, and a history that persists between conversations."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 
@@ -215,7 +216,7 @@ def _prompt() -> Callable[[], str]:
 
 
 def _history() -> History:
-    """Earlier lines, kept beside other programs' state; in memory where that place cannot be written."""
+    """The history in the user's state folder, or in memory if that folder is not writable."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -226,31 +227,31 @@ def _history() -> History:
     except OSError:
         return InMemoryHistory()
 
-    class Lines(FileHistory):
-        """Without the addresses, which may hold passwords."""
+    class HistoryWithoutAddresses(FileHistory):
+        """Lines with an address are not stored, since it may contain a password."""
 
         def store_string(self, string: str) -> None:
             if "://" not in string:
                 super().store_string(string)
 
-    return Lines(str(path))
+    return HistoryWithoutAddresses(str(path))
 
 
 def completer() -> Completer:
-    """Tab completes the commands, and after `/image` the names of files."""
+    """Completes the commands and, after `/image`, file names."""
     from prompt_toolkit.completion import PathCompleter, WordCompleter, merge_completers
     from prompt_toolkit.document import Document
 
-    class Files(PathCompleter):
-        """Completes what follows `/image`."""
+    class ImageCompleter(PathCompleter):
+        """Completes the path after `/image`."""
 
         def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
             command, space, path = document.text_before_cursor.partition(" ")
             return super().get_completions(Document(path), event) if command == "/image" and space else ()
 
-    return merge_completers([WordCompleter(list(COMMANDS), sentence=True), Files(expanduser=True)])
+    return merge_completers([WordCompleter(list(COMMANDS), sentence=True), ImageCompleter(expanduser=True)])
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()

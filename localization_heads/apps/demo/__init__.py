@@ -1,5 +1,5 @@
-"""The page to try: `python -m localization_heads.apps.demo` (extra `demo`).
+"""The demo, a web page: `python -m localization_heads.apps.demo` (extra `demo`).
 
-`session` knows what was asked and what heads are on, `drawing` makes its images, `page` is the gradio side, and
-`serving` puts it on an address.
+`session` runs the model and holds the state of a question, `visitors` bounds the state of all open pages, `drawing`
+draws the images, `page` and `tracing` are the gradio components, and `serving` and `guard` serve the page safely.
 """

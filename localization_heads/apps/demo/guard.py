@@ -1,8 +1,7 @@
-"""The limits of the page: a folder of its own, connections without proxies, requests of bounded size.
+"""Safeguards of the page: a temporary folder, connections without proxies, requests of limited size.
 
-Notable choices: gradio keeps uploads and results below one folder, so this process gets one of its own and removes it
-at the end. The size of a request is counted here as its bytes come in, because gradio reads a body whole before any of
-our code sees it.
+gradio keeps uploads and results below one folder, so this process uses a temporary one and removes it at the end. The
+size of a request is counted while it is received, because gradio reads the whole body before any of our code runs.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from localization_heads.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-MAX_BODY = 1 << 18  # bytes of a request that is no upload: two long texts and a few numbers
+MAX_BODY = 1 << 18  # bytes of a request that is not an upload: two long texts and a few numbers
 MAX_UPLOAD = 32 << 20
-MAX_UPLOADS = 512 << 20  # bytes of all images that lie in the page's folder
+MAX_UPLOADS = 512 << 20  # bytes of all images in the page's folder
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
@@ -37,51 +36,51 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 @contextmanager
-def direct_connections() -> Iterator[None]:
-    """No proxy and no certificates: gradio asks its own page whether it is there, by http and on this machine.
+def without_proxies() -> Iterator[None]:
+    """Unset proxies and certificates: gradio checks its own page by http, on this machine.
 
-    httpx reads these variables as soon as gradio is imported and fails on a SOCKS proxy, on `[::1]` in `no_proxy` and
-    on certificates that are not there.
+    httpx reads these variables when gradio is imported, and fails on a SOCKS proxy, on `[::1]` in `no_proxy` and on
+    missing certificates.
     """
     names = [*PROXIES, *map(str.upper, PROXIES), *CERTIFICATES]
     with environment(**dict.fromkeys(names)):
         yield
 
 
-def note_missing_certificates() -> None:
-    """Warn of certificate files that do not exist: the page does without them, other programs may not."""
+def warn_of_missing_certificates() -> None:
+    """Warn of certificate files that do not exist: the page does not need them, but other programs may."""
     for name in CERTIFICATES:
-        if (place := os.environ.get(name)) and not Path(place).exists():
+        if (path := os.environ.get(name)) and not Path(path).exists():
             log.warning(
-                "%s=%s: no such file or folder; the page needs no certificates and goes on", name, place
+                "%s=%s: no such file or folder; the page needs no certificates and goes on", name, path
             )
 
 
 def check_address(host: str, port: int | None) -> None:
-    """UsageError if nothing can be served there. gradio itself tries a hundred ports of a host that does not exist."""
+    """UsageError if the address cannot be bound. gradio itself would try a hundred ports of an unknown host."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
-        asked = f"host={host}" + (f" port={port}" if port else "")
-        raise UsageError(f"{asked}: {error.strerror or error}; choose another") from error
+        options = f"host={host}" + (f" port={port}" if port else "")
+        raise UsageError(f"{options}: {error.strerror or error}; choose another") from error
 
 
 @contextmanager
-def own_folder() -> Iterator[Path]:
-    """A folder for all that gradio and the page write, below `GRADIO_TEMP_DIR` where that is set; gone afterwards.
+def temporary_folder() -> Iterator[Path]:
+    """A folder for all files of gradio and the page, below `GRADIO_TEMP_DIR` if set. It is removed afterwards.
 
     Raises:
-        UsageError: nothing can be written there, naming the variable.
+        UsageError: the folder is not writable; the error names the variable.
     """
-    place = os.environ.get("GRADIO_TEMP_DIR")
+    parent = os.environ.get("GRADIO_TEMP_DIR")
     try:
-        if place:
-            Path(place).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="localization-heads-", dir=place or None)).resolve()
+        if parent:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="localization-heads-", dir=parent or None)).resolve()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        name = f"GRADIO_TEMP_DIR={place}" if place else "the folder for temporary files"
+        name = f"GRADIO_TEMP_DIR={parent}" if parent else "the folder for temporary files"
         raise UsageError(
             f"{name}: {reason}; GRADIO_TEMP_DIR has to name a folder that can be written to"
         ) from error
@@ -93,16 +92,16 @@ def own_folder() -> Iterator[Path]:
 
 
 class BoundedRequests:
-    """ASGI middleware: a request of too many bytes is refused, and uploads make room for themselves.
+    """ASGI middleware that refuses too large requests, and removes old uploads before a new one.
 
     Args:
-        app: what answers the requests.
+        app: the application that handles the requests.
         make_room: called before an upload is read.
     """
 
     def __init__(self, app: App, make_room: Callable[[], None]) -> None:
         self.app, self.make_room = app, make_room
-        self.coming_in = 0  # bytes of uploads that have not ended
+        self.bytes_in_flight = 0  # of uploads in progress
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,56 +110,57 @@ class BoundedRequests:
         limit = MAX_UPLOAD if is_upload else MAX_BODY
         if is_upload:
             await asyncio.to_thread(self.make_room)
-        taken, is_answered = 0, False
+        num_received, is_answered = 0, False
 
-        async def counted() -> Message:
-            nonlocal taken
+        async def receive_counted() -> Message:
+            nonlocal num_received
             message = await receive()
             size = len(message.get("body", b""))
-            taken += size
-            self.coming_in += size * is_upload
-            if taken > limit or self.coming_in > MAX_UPLOADS:
+            num_received += size
+            self.bytes_in_flight += size * is_upload
+            if num_received > limit or self.bytes_in_flight > MAX_UPLOADS:
                 raise _TooLargeError
             return message
 
-        async def noted(message: Message) -> None:
+        async def send_recorded(message: Message) -> None:
             nonlocal is_answered
             is_answered = True
             await send(message)
 
         try:
-            if _announced(scope) > limit:
+            if _content_length(scope) > limit:
                 raise _TooLargeError
-            await self.app(scope, counted, noted)
+            await self.app(scope, receive_counted, send_recorded)
         except _TooLargeError:
             if not is_answered:
                 await _refuse(send, f"at most {limit >> 10:,} KB at a time")
         finally:
-            self.coming_in -= taken * is_upload
+            self.bytes_in_flight -= num_received * is_upload
 
 
 class _TooLargeError(Exception):
-    """The request holds more than it may."""
+    """The request exceeds its limit."""
 
 
 def make_room(entries: Iterable[Path], max_bytes: int = MAX_UPLOADS) -> None:
-    """Remove the oldest of these files and folders until the others hold at most `max_bytes`."""
-    found = sorted(((*_age_and_size(entry), entry) for entry in entries), reverse=True)
-    for (_, _, entry), total in zip(found, accumulate(size for _, size, _ in found), strict=True):
+    """Remove the oldest of these files and folders until the others have at most `max_bytes`."""
+    newest_first = sorted(((*_time_and_size(entry), entry) for entry in entries), reverse=True)
+    totals = accumulate(size for _, size, _ in newest_first)
+    for (_, _, entry), total in zip(newest_first, totals, strict=True):
         if total > max_bytes:
             remove(entry)
 
 
 def remove(entry: Path) -> None:
-    """Remove a file, or a folder with all its content; it may be gone already."""
+    """Remove a file, or a folder with its content. It need not exist."""
     if entry.is_dir():
         shutil.rmtree(entry, ignore_errors=True)
     else:
         entry.unlink(missing_ok=True)
 
 
-def _age_and_size(entry: Path) -> tuple[float, int]:
-    """Time of the last change and size in bytes; zeros for an entry that has been removed meanwhile."""
+def _time_and_size(entry: Path) -> tuple[float, int]:
+    """Modification time and size in bytes; zeros for an entry that has been removed in the meantime."""
     try:
         files = [entry] if entry.is_file() else list(entry.rglob("*"))
         return entry.stat().st_mtime, sum(file.stat().st_size for file in files)
@@ -168,8 +168,8 @@ def _age_and_size(entry: Path) -> tuple[float, int]:
         return 0.0, 0
 
 
-def _announced(scope: Message) -> int:
-    """The length that a request says it has, 0 if it says none."""
+def _content_length(scope: Message) -> int:
+    """The value of the request's Content-Length header, 0 without one."""
     length = dict(scope["headers"]).get(b"content-length", b"0")
     return int(length) if length.isdigit() else 0
 

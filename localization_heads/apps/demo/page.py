@@ -1,4 +1,4 @@
-"""The gradio page: its components, and what each of them starts."""
+"""The gradio page: its components and their actions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_heat, head_at, resized
+from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_map, head_at, resized
 from localization_heads.apps.demo.guard import make_room
 from localization_heads.apps.demo.session import (
-    MODEL,
-    Asked,
+    MODEL_QUEUE,
+    Question,
     Segmenters,
     as_json,
     ask,
+    check_number,
+    confidence_cell,
     example_images,
     mean_title,
-    number,
     parse_heads,
-    sure,
-    toggled,
+    toggle,
 )
 from localization_heads.apps.demo.tracing import Tracing
 from localization_heads.apps.demo.visitors import Visitors
@@ -43,52 +43,52 @@ clicks only redo the sum and the box."""
 THRESHOLDS = {"mean": "mean", "otsu": "Otsu", "top_mass": "share of the attention"}
 
 
-def shown_to_people(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of ours appear on the page as one sentence."""
+def show_errors(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Show an expected error of an action on the page, as one sentence."""
 
     @wraps(action)
-    def guarded(*arguments: Any) -> Any:
+    def wrapped(*arguments: Any) -> Any:
         try:
             return action(*arguments)
         except (UsageError, WorkError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    return guarded
+    return wrapped
 
 
 class Page:
-    """The components by name, and the actions over them.
+    """The components by name, and their actions.
 
-    The actions take what the browser sent as it is (`preprocess=False`): gradio would decode an image of any size and
-    raise its own errors for a number that is none.
+    The actions receive the browser's data unprocessed (`preprocess=False`) and check it: gradio would decode an image
+    of any size, and raise its own errors for an invalid number.
     """
 
     def __init__(self, run: DemoRun, folder: Path) -> None:
         self.run, self.folder = run, folder
         self.answers = folder / "answers"
-        self.own = frozenset[Path]()  # what the page itself put into its folder
-        self.visitors = Visitors(self.answers, lambda entry: entry in self.own)
+        self.permanent = frozenset[Path]()  # entries of the folder that belong to the page itself
+        self.visitors = Visitors(self.answers, lambda entry: entry in self.permanent)
         self.segmenters = Segmenters(run)
-        self.examples = _stored_examples(folder / "examples")
+        self.examples = _save_examples(folder / "examples")
 
     def layout(self) -> None:
-        """Left the question, right the answer, below the heads."""
+        """Question on the left, answer on the right, settings and heads below."""
         lvlm = self.run.lvlm
         gr.Markdown(ABOUT.format(model=lvlm.name, layers=lvlm.num_layers, heads=lvlm.num_heads))
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                self._question()
+                self._question_components()
             with gr.Column(scale=7, min_width=320):
-                self._answer()
+                self._answer_components()
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                self._settings()
+                self._settings_components()
             with gr.Column(scale=7, min_width=320):
-                self._grid()
+                self._grid_components()
         self.tracing = Tracing(self.run, self.visitors, self.upload_of)
         self.tracing.layout()
 
-    def _question(self) -> None:
+    def _question_components(self) -> None:
         image, text = self.examples[0]
         self.image = gr.Image(image, label="Image", elem_id="image", height=330)
         name = "Expressions, one a line or with ; between"
@@ -97,7 +97,7 @@ class Page:
         looks: dict[str, Any] = {"columns": 3, "height": 300, "allow_preview": False}
         self.gallery = gr.Gallery(self.examples, label="Examples", elem_id="examples", **looks)
 
-    def _answer(self) -> None:
+    def _answer_components(self) -> None:
         with gr.Row():
             self.boxes = _image("**Box and mask**", "boxes")
             self.heat = _image("**Map**", "heat")
@@ -116,7 +116,7 @@ class Page:
             self.json_file = gr.DownloadButton("Download JSON", elem_id="download_json")
             self.image_file = gr.DownloadButton("Download image", elem_id="download_image")
 
-    def _settings(self) -> None:
+    def _settings_components(self) -> None:
         grounding = self.run.options.grounding
         self.which = gr.Dropdown([], label="Map of", elem_id="which")
         self.k = gr.Slider(
@@ -140,13 +140,13 @@ class Page:
         )
         self.mask = gr.Radio(
             self.segmenters.names,
-            value=self.segmenters.own,
+            value=self.segmenters.default,
             label="Mask by (none: the map's own)",
             elem_id="mask",
         )
         self.compare = gr.Checkbox(False, label="Compare with a second set of heads", elem_id="compare")
 
-    def _grid(self) -> None:
+    def _grid_components(self) -> None:
         self.edits = gr.Radio(["A", "B"], value="A", label="Clicks switch heads of set", visible=False)
         self.grid = _image(
             "**Heads by attention sum.** A click switches one on (framed) or off; a dot: on in set B.",
@@ -156,7 +156,10 @@ class Page:
         self.heads = gr.Textbox(label="Heads that are on", elem_id="heads", placeholder="L2H0 L3H1")
 
     def wire(self, load: Callable[..., Any]) -> None:
-        """Events. Only `asking` runs the model; `load` is the page's opening, which asks for the first example."""
+        """Connect the components to the actions. `load` is the event of opening the page, which asks the first example.
+
+        Only `ask` runs the model.
+        """
         outputs = [self.boxes, self.heat, self.boxes_b, self.heat_b, self.table, self.grid]
         outputs += [self.json_file, self.image_file]
         settings = [
@@ -169,75 +172,74 @@ class Page:
             self.compare,
         ]
         raw: dict[str, Any] = {"preprocess": False}
-        redo: dict[str, Any] = {
-            "fn": shown_to_people(self.redraw),
+        redraw: dict[str, Any] = {
+            "fn": show_errors(self.redraw),
             "inputs": settings,
             "outputs": outputs,
             **raw,
         }
-        asking: dict[str, Any] = {
-            "fn": shown_to_people(self.ask),
+        ask: dict[str, Any] = {
+            "fn": show_errors(self.ask),
             "inputs": [self.image, self.text, self.k],
             "outputs": [self.heads, self.which],
             **raw,
         }
         for event in (load, self.button.click, self.text.submit):
-            event(**asking).success(**redo)
-        choosing = self.gallery.select(shown_to_people(self.choose), None, [self.image, self.text], **raw)
-        choosing.success(**asking).success(**redo)
-        # Not `release`, which the keyboard never fires; of the steps of a drag only the last that waits is drawn.
+            event(**ask).success(**redraw)
+        chosen = self.gallery.select(show_errors(self.choose), None, [self.image, self.text], **raw)
+        chosen.success(**ask).success(**redraw)
+        # `input`, since the keyboard does not fire `release`; of a drag, only the last pending step is drawn.
         last: dict[str, Any] = {"trigger_mode": "always_last", **raw}
-        picking = self.k.input(shown_to_people(self.best), self.k, self.heads, **last)
-        picking.success(**redo)
+        self.k.input(show_errors(self.best), self.k, self.heads, **last).success(**redraw)
         inputs = (self.sigma.input, self.binarise.input, self.mask.input, self.which.input)
         for event in (*inputs, self.heads.submit):
-            event(**{**redo, **last})
-        self.threshold.input(lambda: "top_mass", None, self.binarise, **last).then(**redo)
-        self.compare.input(self.show_second, self.compare, [self.second, self.edits], **raw).then(**redo)
-        switching = self.grid.select(
-            shown_to_people(self.switch), [self.heads, self.edits], self.heads, **raw
-        )
-        switching.success(**redo)
-        self.tracing.wire(self.image, self.heads, shown_to_people)
+            event(**{**redraw, **last})
+        self.threshold.input(lambda: "top_mass", None, self.binarise, **last).then(**redraw)
+        self.compare.input(self.show_second, self.compare, [self.second, self.edits], **raw).then(**redraw)
+        switched = self.grid.select(show_errors(self.switch), [self.heads, self.edits], self.heads, **raw)
+        switched.success(**redraw)
+        self.tracing.wire(self.image, self.heads, show_errors)
 
     def ask(self, request: gr.Request, image: object, text: object, k: object) -> tuple[Any, ...]:
-        """Run the model; the first `k` heads are on, the next `k` are set B."""
-        count, upload = self._count(k), self.upload_of(image)
-        with self.visitors.turn(request.session_hash) as visitor:
-            asked = visitor.asked = ask(self.run, upload, text)
-            visitor.heads_b = list(asked.ranked[count : 2 * count]) or list(asked.ranked[:count])
+        """Run the model; the first `k` heads are selected, the next `k` are set B."""
+        count, upload = self._check_k(k), self.upload_of(image)
+        with self.visitors.request(request.session_hash) as visitor:
+            question = visitor.question = ask(self.run, upload, text)
+            visitor.heads_b = list(question.ranked[count : 2 * count]) or list(question.ranked[:count])
             if upload:
                 self.visitors.replace_upload(visitor, upload)
-        if unknown := unknown_words(self.run.lvlm.processor.tokenizer, asked.expressions):
+        if unknown := unknown_words(self.run.lvlm.processor.tokenizer, question.expressions):
             gr.Warning(f"words that the model does not know: {', '.join(unknown)}")
-        choices = gr.Dropdown(choices=list(asked.expressions), value=asked.expressions[0])
-        return _names(asked.ranked[:count]), choices
+        choices = gr.Dropdown(choices=list(question.expressions), value=question.expressions[0])
+        return _join_heads(question.ranked[:count]), choices
 
     def best(self, request: gr.Request, k: object) -> str:
-        count = self._count(k)
-        with self.visitors.turn(request.session_hash) as visitor:
-            return _names(visitor.answer.ranked[:count])
+        """The first `k` heads of the ranking."""
+        count = self._check_k(k)
+        with self.visitors.request(request.session_hash) as visitor:
+            return _join_heads(visitor.require_question().ranked[:count])
 
     def choose(self, event: gr.EventData) -> tuple[str, str]:
-        """An example."""
-        chosen = _place(event)
-        if not isinstance(chosen, int) or not 0 <= chosen < len(self.examples):
-            raise UsageError(f"there is no example {shown(chosen)}")
-        return self.examples[chosen]
+        """The image and the expression of the example that was clicked."""
+        index = _event_index(event)
+        if not isinstance(index, int) or not 0 <= index < len(self.examples):
+            raise UsageError(f"there is no example {shown(index)}")
+        return self.examples[index]
 
-    def show_second(self, wanted: object) -> tuple[Any, ...]:
-        return gr.Row(visible=bool(wanted)), gr.Radio(visible=bool(wanted))
+    def show_second(self, is_visible: object) -> tuple[Any, ...]:
+        """Show or hide the second set of heads."""
+        return gr.Row(visible=bool(is_visible)), gr.Radio(visible=bool(is_visible))
 
     def switch(self, request: gr.Request, heads: object, edits: object, event: gr.EventData) -> str:
-        """Switch the head that was clicked in the grid."""
-        with self.visitors.turn(request.session_hash) as visitor:
-            chosen = parse_heads(heads)
-            head = clicked(_place(event), visitor.answer.shape)
+        """Switch the head that was clicked in the grid on or off, in set A or B."""
+        with self.visitors.request(request.session_hash) as visitor:
+            selected = parse_heads(heads)
+            head = clicked_head(_event_index(event), visitor.require_question().shape)
             if head is not None and edits == "B":
-                visitor.heads_b = toggled(visitor.heads_b, head)
+                visitor.heads_b = toggle(visitor.heads_b, head)
             elif head is not None:
-                chosen = toggled(chosen, head)
-            return _names(chosen)
+                selected = toggle(selected, head)
+            return _join_heads(selected)
 
     def redraw(
         self,
@@ -250,78 +252,83 @@ class Page:
         mask: object,
         compare: object,
     ) -> tuple[Any, ...]:
-        """Everything but the model: the sum, the box, the images, the files to download."""
+        """Recompute everything without the model: boxes, images, and the files to download."""
         options = self._options(sigma, binarise, share)
-        with self.visitors.turn(request.session_hash) as visitor:
-            asked, mask = visitor.answer, self._usable(mask)
+        with self.visitors.request(request.session_hash) as visitor:
+            question, mask = visitor.require_question(), self._usable_segmenter(mask)
             sets = {"A": parse_heads(heads), **({"B": visitor.heads_b} if compare else {})}
-            found = {
-                name: [self._refined(asked, answer, mask) for answer in asked.answers(chosen, options)]
-                for name, chosen in sets.items()
+            groundings = {
+                name: [
+                    self._refine(question, grounding, mask)
+                    for grounding in question.ground(selected, options)
+                ]
+                for name, selected in sets.items()
             }
             folder = visitor.new_folder()
             rows = [
                 [
                     expression,
                     name,
-                    " ".join(f"{edge:.0f}" for edge in answer.box),
-                    f"{answer.score:.2f}",
-                    sure(answer),
+                    " ".join(f"{edge:.0f}" for edge in grounding.box),
+                    f"{grounding.score:.2f}",
+                    confidence_cell(grounding),
                 ]
-                for name, answers in found.items()
-                for expression, answer in zip(asked.expressions, answers, strict=True)
+                for name, of_set in groundings.items()
+                for expression, grounding in zip(question.expressions, of_set, strict=True)
             ]
-            drawn = {
-                name: self._images(folder, asked, answers, which, name) for name, answers in found.items()
+            images = {
+                name: self._images(folder, question, of_set, which, name)
+                for name, of_set in groundings.items()
             }
-            grid = _saved(folder / "heads.png", draw_grid(asked.sums, sets["A"], sets.get("B", ())))
+            grid = _save(folder / "heads.png", draw_grid(question.sums, sets["A"], sets.get("B", ())))
             return (
-                *drawn["A"],
-                *drawn.get("B", (None, None)),
+                *images["A"],
+                *images.get("B", (None, None)),
                 rows,
                 grid,
-                *self._downloads(folder, asked, found["A"]),
+                *self._downloads(folder, question, groundings["A"]),
             )
 
     def end(self, request: gr.Request) -> None:
-        """The page was closed."""
+        """Drop the state of a visitor who closed the page."""
         self.visitors.end(request.session_hash)
 
     def make_room(self) -> None:
-        """Delete the oldest uploads, of visitors who have left, where there are too many."""
-        make_room(entry for entry in self.folder.iterdir() if entry not in self.own)
+        """Delete the oldest uploads if there are too many."""
+        make_room(entry for entry in self.folder.iterdir() if entry not in self.permanent)
 
-    def _count(self, k: object) -> int:
-        return int(number("k", k, self.k.minimum, self.k.maximum))
+    def _check_k(self, k: object) -> int:
+        return int(check_number("k", k, self.k.minimum, self.k.maximum))
 
     def _options(self, sigma: object, binarise: Any, share: object) -> GroundingOptions:
         if binarise not in list(THRESHOLDS):
             raise UsageError(f"threshold: one of {', '.join(THRESHOLDS)}, not {shown(binarise)}")
         return replace(
             self.run.options.grounding,
-            sigma=float(number("sigma", sigma, self.sigma.minimum, self.sigma.maximum)),
+            sigma=float(check_number("sigma", sigma, self.sigma.minimum, self.sigma.maximum)),
             binarise=binarise,
-            top_mass=float(number("threshold", share, self.threshold.minimum, self.threshold.maximum)),
+            top_mass=float(check_number("threshold", share, self.threshold.minimum, self.threshold.maximum)),
         )
 
-    def _usable(self, mask: object) -> object:
-        """The segmenter of that name if it can be had; else none, and the visitor is told why."""
+    def _usable_segmenter(self, mask: object) -> object:
+        """The name of the segmenter if it can be loaded; otherwise "none", with a warning to the visitor."""
         try:
-            MODEL.take(self.segmenters.load, mask)
+            MODEL_QUEUE.run(self.segmenters.load, mask)
             return mask
         except (UsageError, WorkError) as error:
             gr.Warning(f"{error}. Until then the masks are those of the maps.")
             return "none"
 
-    def _refined(self, asked: Asked, answer: Grounding, mask: object) -> Grounding:
-        """The answer with the segmenter's mask, made in a turn at the model, on the image as it is kept."""
+    def _refine(self, question: Question, grounding: Grounding, mask: object) -> Grounding:
+        """The grounding with the segmenter's mask, made on the stored image through the model queue."""
         if mask == "none":
-            return answer
-        small = resized(answer, asked.image.size)
-        return resized(MODEL.take(self.segmenters.refine, mask, small, asked.image), answer.image_size)
+            return grounding
+        small = resized(grounding, question.image.size)
+        refined = MODEL_QUEUE.run(self.segmenters.refine, mask, small, question.image)
+        return resized(refined, grounding.image_size)
 
     def upload_of(self, image: object) -> Path | None:
-        """The file that gradio stored for the image that was sent, None if none was."""
+        """The file that gradio stored for an uploaded image, None if no image was sent."""
         path = image.get("path") if isinstance(image, dict) else None
         if path is None:
             return None
@@ -331,55 +338,59 @@ class Page:
         return file
 
     def _images(
-        self, folder: Path, asked: Asked, answers: Sequence[Grounding], which: object, name: str
+        self, folder: Path, question: Question, groundings: Sequence[Grounding], which: object, name: str
     ) -> tuple[str, str]:
-        """The boxes of all expressions, and the map of one."""
-        chosen = asked.expressions.index(which) if which in asked.expressions else 0
+        """Save two images: the boxes of all expressions, and the map of one."""
+        index = question.expressions.index(which) if which in question.expressions else 0
+        boxes = draw_boxes(question.image, groundings, question.expressions)
         return (
-            _saved(folder / f"boxes_{name}.png", draw_boxes(asked.image, answers, asked.expressions)),
-            _saved(folder / f"map_{name}.png", draw_heat(asked.image, answers[chosen])),
+            _save(folder / f"boxes_{name}.png", boxes),
+            _save(folder / f"map_{name}.png", draw_map(question.image, groundings[index])),
         )
 
-    def _downloads(self, folder: Path, asked: Asked, answers: Sequence[Grounding]) -> tuple[str, str]:
+    def _downloads(
+        self, folder: Path, question: Question, groundings: Sequence[Grounding]
+    ) -> tuple[str, str]:
+        """Save the files to download: the groundings as JSON, and the boxes on the stored image."""
         file = folder / "groundings.json"
-        file.write_text(json.dumps(as_json(asked, answers), indent=2) + "\n")
-        drawn = draw_boxes(asked.image, answers, asked.expressions, longest=None)
-        return str(file), _saved(folder / "groundings.png", drawn)
+        file.write_text(json.dumps(as_json(question, groundings), indent=2) + "\n")
+        boxes = draw_boxes(question.image, groundings, question.expressions, longest_side=None)
+        return str(file), _save(folder / "groundings.png", boxes)
 
 
-def _stored_examples(folder: Path) -> list[tuple[str, str]]:
-    """The examples as files, each with its expression."""
+def _save_examples(folder: Path) -> list[tuple[str, str]]:
+    """Save the examples; returns the file and the expression of each."""
     folder.mkdir()
     return [
-        (_saved(folder / f"{position}.png", image), expression)
-        for position, (image, expression) in enumerate(example_images())
+        (_save(folder / f"{index}.png", image), expression)
+        for index, (image, expression) in enumerate(example_images())
     ]
 
 
-def _place(event: gr.EventData) -> object:
-    """Where a selection was made. gradio's own SelectData raises on what no browser sends."""
+def _event_index(event: gr.EventData) -> object:
+    """The index of a selection, unchecked: gradio's own SelectData raises on malformed data."""
     return event._data.get("index") if isinstance(event._data, dict) else None
 
 
-def clicked(place: object, shape: tuple[int, int]) -> Head | None:
-    """The head at a place of the grid, as the browser sends it. UsageError for what is none."""
-    if not isinstance(place, list | tuple) or len(place) != 2:
+def clicked_head(position: object, shape: tuple[int, int]) -> Head | None:
+    """The head at a clicked pixel of the grid, None in its margins. UsageError for malformed coordinates."""
+    if not isinstance(position, list | tuple) or len(position) != 2:
         raise UsageError("a click has two coordinates")
-    x, y = (number("a click", edge, 0, 10_000) for edge in place)
+    x, y = (check_number("a click", coordinate, 0, 10_000) for coordinate in position)
     return head_at(x, y, shape)
 
 
-def _saved(path: Path, image: Image.Image) -> str:
+def _save(path: Path, image: Image.Image) -> str:
     image.save(path, compress_level=1)  # fast, so that the image follows the slider
     return str(path)
 
 
-def _names(heads: Any) -> str:
+def _join_heads(heads: Any) -> str:
     return " ".join(str(Head(*head)) for head in heads)
 
 
 def _image(title: str, name: str, **options: Any) -> gr.Image:
-    """An image that visitors look at, under its title: gradio's own label would hide a corner of it."""
+    """A read-only image under its title; gradio's own label would cover a corner of it."""
     with gr.Column(min_width=260):
         gr.Markdown(title)
         looks: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
@@ -387,12 +398,12 @@ def _image(title: str, name: str, **options: Any) -> gr.Image:
 
 
 def build(run: DemoRun, folder: Path) -> tuple[Page, gr.Blocks]:
-    """The page for one model, not yet served; its files go below `folder`."""
+    """Build the page for one model, with its files below `folder`. It is not served yet."""
     with gr.Blocks(title="Localization heads", analytics_enabled=False) as blocks:
         page = Page(run, folder)
         page.layout()
         page.wire(blocks.load)
         blocks.unload(page.end)
     page.answers.mkdir()
-    page.own = frozenset(folder.iterdir())
+    page.permanent = frozenset(folder.iterdir())
     return page, blocks

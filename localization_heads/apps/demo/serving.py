@@ -1,4 +1,4 @@
-"""Serves the page: on which address, with which bounds, and without fetching anything from elsewhere."""
+"""Serve the page on an address, with limits, and without fetching anything from the network."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from localization_heads.apps.demo.guard import (
     MAX_UPLOAD,
     BoundedRequests,
     check_address,
-    direct_connections,
-    note_missing_certificates,
-    own_folder,
+    temporary_folder,
+    warn_of_missing_certificates,
+    without_proxies,
 )
 from localization_heads.apps.demo.page import build
 from localization_heads.apps.demo.visitors import MAX_VISITORS
 from localization_heads.errors import UsageError
 from localization_heads.stages.run import DemoRun
 
-SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-"""Fonts of the visitor's machine: the page fetches nothing."""
-MAX_QUEUE = 200  # requests that wait, of all visitors
+SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+"""Fonts of the visitor's machine, so that the page downloads none."""
+MAX_QUEUE = 200  # pending requests of all visitors
 CSS = "#grid img, #grid button {cursor: crosshair} footer {display: none !important}"
 
 
 def serve(run: DemoRun) -> None:
-    """Load the model and serve the page until Ctrl-C or SIGTERM. UsageError if the port or the folder is no good."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the page's files go, as with Ctrl-C
-    with served(run) as blocks:
+    """Load the model and serve the page until Ctrl-C or SIGTERM. UsageError if address or folder cannot be used."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # removes the page's files, as Ctrl-C does
+    with background_server(run) as blocks:
         blocks.block_thread()
 
 
 @contextmanager
-def served(run: DemoRun, **options: Any) -> Iterator[gr.Blocks]:
-    """The page while it is served, to this machine unless `host` says otherwise. Its address is `local_url`.
+def background_server(run: DemoRun, **options: Any) -> Iterator[gr.Blocks]:
+    """Serve the page while the block runs, at the address `local_url` of the yielded blocks.
 
-    Nothing is fetched from elsewhere, neither for the page nor for a visitor who sends an address instead of an image.
-    Afterwards the page's files are gone.
+    Nothing is fetched from the network, neither for the page nor for a visitor who sends an address instead of an
+    image. The page's files are removed afterwards.
     """
     check_address(run.options.host, run.options.port)
-    note_missing_certificates()
-    with own_folder() as folder, refused_addresses():
+    warn_of_missing_certificates()
+    with temporary_folder() as folder, refuse_addresses():
         page, blocks = build(run, folder)
         blocks.queue(api_open=False, max_size=MAX_QUEUE, default_concurrency_limit=None)
-        bounds = {"middleware": [Middleware(BoundedRequests, make_room=page.make_room)]}
+        app_kwargs = {"middleware": [Middleware(BoundedRequests, make_room=page.make_room)]}
         try:
-            with direct_connections():
+            with without_proxies():
                 blocks.launch(
                     server_name=run.options.host,
                     server_port=run.options.port,
@@ -62,9 +62,9 @@ def served(run: DemoRun, **options: Any) -> Iterator[gr.Blocks]:
                     show_error=True,
                     max_file_size=MAX_UPLOAD,
                     state_session_capacity=MAX_VISITORS,
-                    theme=gr.themes.Default(font=SYSTEM, font_mono=("ui-monospace", "monospace")),
+                    theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
                     css=CSS,
-                    app_kwargs=bounds,
+                    app_kwargs=app_kwargs,
                     **options,
                 )
         except OSError as error:
@@ -77,15 +77,15 @@ def served(run: DemoRun, **options: Any) -> Iterator[gr.Blocks]:
 
 
 @contextmanager
-def refused_addresses() -> Iterator[None]:
-    """gradio would fetch any public address that is sent in place of a file, of any size, into its folder."""
+def refuse_addresses() -> Iterator[None]:
+    """Refuse addresses sent in place of a file: gradio would download them, whatever their size."""
 
     async def refuse(url: str, cache_dir: str) -> str:
         raise gr.Error("addresses are not fetched: choose a file", print_exception=False)
 
-    before = processing_utils.async_ssrf_protected_download
+    download = processing_utils.async_ssrf_protected_download
     processing_utils.async_ssrf_protected_download = refuse
     try:
         yield
     finally:
-        processing_utils.async_ssrf_protected_download = before
+        processing_utils.async_ssrf_protected_download = download

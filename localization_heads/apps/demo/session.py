@@ -1,7 +1,7 @@
-"""The state behind the page: the image, the expressions, their attention maps and the heads that are on.
+"""A question to the page: an image, its expressions and their attention maps.
 
-The model runs in `ask` alone, one piece of work at a time. Everything that a slider or a click changes is
-`Asked.answers` again, on maps that are there already.
+The model runs only in `ask`, one forward pass at a time. A slider or a click only calls `Question.ground` again, on the
+stored maps.
 """
 
 from __future__ import annotations
@@ -37,106 +37,114 @@ from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.segmentation.segmenter import Segmenter
 from localization_heads.stages.run import DemoRun
 
-MAX_ASKING = 24
-MAX_ASKED_BYTES = 384 << 20
+MAX_QUESTIONS = 24
+MAX_IMAGE_BYTES = 384 << 20
 MAX_EXPRESSIONS = 6
-MAX_EXPRESSION = 300  # characters
-MAX_HEAD_NAME = 20
-MAX_HEADS_TEXT = 20_000
+MAX_EXPRESSION_LENGTH = 300  # characters
+MAX_HEAD_LENGTH = 20
+MAX_HEADS_LENGTH = 20_000
 MAX_MEGAPIXELS = 32
-KEPT = 2048  # pixels of the longest side of an image that is kept
+MAX_SIDE = 2048  # pixels of the longest side of a stored image
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Turns:
-    """Turns at the model: one piece of work at a time, first come, first served; each piece queues anew.
+class ModelQueue:
+    """Runs one task at a time on the model, in the order of submission.
+
+    The expressions of a question are separate tasks, so that visitors take turns.
 
     Args:
-        places: questions at once; each waits in a thread of the page's.
-        max_bytes: of their decoded images. One question has room in any case, and small images pass by large ones.
+        max_questions: questions in progress at once; each waits in a thread of the page.
+        max_bytes: total size of their decoded images. A single question may exceed it, and a small image may overtake a
+            large one that waits.
     """
 
-    def __init__(self, places: int = MAX_ASKING, max_bytes: int = MAX_ASKED_BYTES) -> None:
-        self.places, self.max_bytes = places, max_bytes
+    def __init__(self, max_questions: int = MAX_QUESTIONS, max_bytes: int = MAX_IMAGE_BYTES) -> None:
+        self.max_questions, self.max_bytes = max_questions, max_bytes
         self._worker = ThreadPoolExecutor(1, "model")
         self._changed = threading.Condition()
-        self._asking = self._held = 0
+        self._num_questions = self._reserved = 0
 
     @contextmanager
-    def room(self, num_bytes: int) -> Iterator[None]:
-        """Room for one question with an image of so many bytes, waited for. UsageError if all places are taken."""
+    def reserve(self, num_bytes: int) -> Iterator[None]:
+        """Wait for memory for a question's image. UsageError if too many questions are in progress."""
         with self._changed:
-            if self._asking >= self.places:
+            if self._num_questions >= self.max_questions:
                 raise UsageError("too many visitors are asking at this moment: try again soon")
-            self._asking += 1
-            self._changed.wait_for(lambda: not self._held or self._held + num_bytes <= self.max_bytes)
-            self._held += num_bytes
+            self._num_questions += 1
+            self._changed.wait_for(lambda: not self._reserved or self._reserved + num_bytes <= self.max_bytes)
+            self._reserved += num_bytes
         try:
             yield
         finally:
             with self._changed:
-                self._asking -= 1
-                self._held -= num_bytes
+                self._num_questions -= 1
+                self._reserved -= num_bytes
                 self._changed.notify_all()
 
-    def take(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-        """The result of `work`, once its turn has come. Raises what it raises."""
-        return self._worker.submit(work, *arguments, **options).result()
+    def run(self, task: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Queue a task, wait for it, and return its result or raise its exception."""
+        return self._worker.submit(task, *arguments, **options).result()
 
 
-MODEL = Turns()
+MODEL_QUEUE = ModelQueue()
 
 
 class Segmenters:
-    """What a visitor may have the masks made by: the choices of `segmenter=`, and what the page was started with.
+    """The segmenters that a visitor can select: the presets of `segmenter=`, and the one the page was started with.
 
-    That one stays loaded, and of the others the last. They are loaded from this machine alone: no click fetches
-    gigabytes.
+    The latter stays loaded, and so does the last one used of the others. They are loaded from this machine only: a
+    click never downloads weights.
     """
 
     def __init__(self, run: DemoRun) -> None:
         self.run = run
-        self.own = describe_preset("segmenter", run.options.segmenter)
-        self.names = list(dict.fromkeys([self.own, *choices_of("segmenter")]))
-        self._loaded: tuple[str, Segmenter | None] = self.own, run.segmenter
+        self.default = describe_preset("segmenter", run.options.segmenter)
+        self.names = list(dict.fromkeys([self.default, *choices_of("segmenter")]))
+        self._loaded: tuple[str, Segmenter | None] = self.default, run.segmenter
 
     def refine(self, name: object, grounding: Grounding, image: Image.Image) -> Grounding:
-        """The grounding with that segmenter's mask; raises as `load`."""
+        """The grounding with the mask of the segmenter of that name; raises as `load` does."""
         return replace(self.run.grounder(None), segmenter=self.load(name)).refine(grounding, image)
 
     def load(self, name: object) -> Segmenter | None:
-        """The segmenter of that name; in a turn at the model. UsageError for a wrong name, and for one not here."""
+        """The segmenter of that name, to be called through the model queue.
+
+        Raises:
+            UsageError: there is no such segmenter, or its weights are not on this machine.
+        """
         if name not in self.names:
             raise UsageError(f"mask by: one of {', '.join(self.names)}, not {shown(name)}")
-        if name == self.own:
+        if name == self.default:
             return self.run.segmenter
         if self._loaded[0] != name:
             self._loaded = str(name), self._load(str(name))
         return self._loaded[1]
 
     def _load(self, name: str) -> Segmenter | None:
-        chosen = SegmenterOptions(**load_preset("segmenter", name))
-        if chosen.name and checkpoint_folder(chosen.name) is None:
+        options = SegmenterOptions(**load_preset("segmenter", name))
+        if options.name and checkpoint_folder(options.name) is None:
             raise UsageError(
-                f"segmenter={name}: {chosen.name} is not on this machine; start the page with it once, which fetches it"
+                f"segmenter={name}: {options.name} is not on this machine; "
+                "start the page with it once, which fetches it"
             )
-        self._loaded = self.own, None  # room for the next
-        return self.run.load_segmenter(chosen)
+        self._loaded = self.default, None  # frees the memory of the previous one
+        return self.run.load_segmenter(options)
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Question:
     """One image, the expressions asked about it, and the attention maps of every head.
 
     Args:
-        image: as the page shows it, no side longer than `KEPT`.
-        maps: one for each expression. They know the size of the image that was sent, in whose pixels answers are.
-        ranked: every head that could be chosen, the likeliest first: what the slider k counts down.
+        image: the image with no side longer than `MAX_SIDE`.
+        maps: one for each expression, with the size of the uploaded image, in whose pixels groundings are.
+        ranked: every head that can be selected, best first; the slider k selects the first ones.
         sums: mean attention sum over the expressions, `[layer, head]`.
-        asked: the model and how it was asked, by name, on which a calibration depends.
-        calibration: of the heads and the read-out that the page begins with; other ones give a raw confidence.
+        asked: the model and the prompt settings, by name, on which a calibration depends.
+        calibration: the calibration for the default heads and read-out; with others the confidence is uncalibrated.
     """
 
     image: Image.Image
@@ -158,8 +166,8 @@ class Asked:
         """Size of the image and the maps in memory."""
         return 3 * self.image.width * self.image.height + sum(maps.num_bytes for maps in self.maps)
 
-    def answers(self, heads: Sequence[Head], options: GroundingOptions) -> list[Grounding]:
-        """A box, a mask and a map for each expression. UsageError if no head is on, or one that is not there."""
+    def ground(self, heads: Sequence[Head], options: GroundingOptions) -> list[Grounding]:
+        """Box, pseudo-mask and map of each expression. UsageError for no heads, or a head that does not exist."""
         if not heads:
             raise UsageError("switch at least one head on")
         check_heads(heads, *self.shape)
@@ -169,41 +177,40 @@ class Asked:
         return [grounder.ground(maps, None) for maps in self.maps]
 
 
-def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
-    """Run the model on an image and on expressions, one a line or with semicolons between.
-
-    Others have their turns between two expressions.
+def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Question:
+    """Run the model on an image and on expressions, which are separated by line breaks or semicolons.
 
     Raises:
-        UsageError: there is no image, no expression, or one that cannot be used; or too many are asking.
+        UsageError: image or expressions are missing or invalid, or too many questions are in progress.
     """
     if image is None:
         raise UsageError("choose an image first")
     expressions = split_expressions(text)
-    with MODEL.room(3 * num_pixels(image)):
-        opened = MODEL.take(read_image, image)
+    with MODEL_QUEUE.reserve(3 * num_pixels(image)):
+        opened = MODEL_QUEUE.run(read_image, image)
         calibration = run.calibration_for(run.named_heads)
         extra_prompts = run.extra_prompts(run.named_heads, calibration, every_head=True)
         maps = tuple(
-            MODEL.take(run.lvlm.attend, opened, expression, extra_prompts=extra_prompts, siblings=expressions)
+            MODEL_QUEUE.run(
+                run.lvlm.attend, opened, expression, extra_prompts=extra_prompts, siblings=expressions
+            )
             for expression in expressions
         )
-        opened.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
+        opened.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     statistics = [head_statistics(m.attention, run.options.criteria) for m in maps]
     run.check_named_heads()
-    first = list(run.named_heads or ())
-    others = greedy_heads(statistics[0], run.options.criteria, statistics[0].attention_sum.size)
-    ranked = tuple(dict.fromkeys([*first, *others]))
+    greedy = greedy_heads(statistics[0], run.options.criteria, statistics[0].attention_sum.size)
+    ranked = tuple(dict.fromkeys([*(run.named_heads or ()), *greedy]))
     if not ranked:
         raise UsageError("no head looks at this image: none passes criterion 1")
     sums = np.mean([s.attention_sum for s in statistics], axis=0)
     asked = {**run.lvlm.choices, **run.lvlm.asked}
-    return Asked(opened, expressions, maps, ranked, sums, asked, calibration)
+    return Question(opened, expressions, maps, ranked, sums, asked, calibration)
 
 
 def num_pixels(image: Image.Image | Path) -> int:
-    """From the header. UsageError for what is no image, or one of more pixels than the page takes."""
-    with about_the_image(), open_raster(image) if isinstance(image, Path) else nullcontext(image) as opened:
+    """The number of pixels, from the image's header. UsageError if it is no image or too large for the page."""
+    with image_errors(), open_raster(image) if isinstance(image, Path) else nullcontext(image) as opened:
         width, height = opened.size
     if width * height > MAX_MEGAPIXELS * 1_000_000:
         raise UsageError(
@@ -213,14 +220,14 @@ def num_pixels(image: Image.Image | Path) -> int:
 
 
 def read_image(image: Image.Image | Path) -> Image.Image:
-    """The pixels of a visitor's image. UsageError if it cannot be used."""
-    with about_the_image():
+    """Decode a visitor's image. UsageError if it cannot be used."""
+    with image_errors():
         return load_image(image)
 
 
 @contextmanager
-def about_the_image() -> Iterator[None]:
-    """Errors about the image leave out its path on this machine."""
+def image_errors() -> Iterator[None]:
+    """Turn an ImageError into a UsageError that does not contain the path on this machine."""
     try:
         yield
     except ImageError as error:
@@ -228,23 +235,23 @@ def about_the_image() -> Iterator[None]:
 
 
 def split_expressions(text: object) -> tuple[str, ...]:
-    """The expressions in a text, each once. UsageError for none, a long one, or more than the page has colours for.
+    """The distinct expressions in a text. UsageError if there is none, one is too long, or there are too many.
 
     >>> split_expressions("the dog; the cat\\n the dog ")
     ('the dog', 'the cat')
     """
-    lines = bounded("expressions", text, MAX_EXPRESSIONS * (MAX_EXPRESSION + 1))
+    lines = check_text("expressions", text, MAX_EXPRESSIONS * (MAX_EXPRESSION_LENGTH + 1))
     parts = [" ".join(part.split()) for part in lines.replace(";", "\n").splitlines()]
     expressions = tuple(dict.fromkeys(part for part in parts if part))
     if not expressions:
         raise UsageError("type what to look for, such as: the dog")
     if len(expressions) > MAX_EXPRESSIONS:
         raise UsageError(f"at most {MAX_EXPRESSIONS} expressions at a time, not {len(expressions)}")
-    return tuple(bounded("an expression", expression, MAX_EXPRESSION) for expression in expressions)
+    return tuple(check_text("an expression", expression, MAX_EXPRESSION_LENGTH) for expression in expressions)
 
 
-def bounded(name: str, text: object, limit: int) -> str:
-    """The text of a field. UsageError if it is none, or longer than `limit` characters."""
+def check_text(name: str, text: object, limit: int) -> str:
+    """Return the text of a field. UsageError if it is not a string, or longer than `limit` characters."""
     if not isinstance(text, str):
         raise UsageError(f"{name}: a text, not {shown(text)}")
     if len(text) > limit:
@@ -252,10 +259,10 @@ def bounded(name: str, text: object, limit: int) -> str:
     return text
 
 
-def number(name: str, value: object, low: float, high: float) -> float:
-    """The number of a slider. UsageError for what no slider can send.
+def check_number(name: str, value: object, low: float, high: float) -> float:
+    """Return the number of a slider. UsageError if it is not a number from `low` to `high`.
 
-    >>> number("k", 3, 1, 10)
+    >>> check_number("k", 3, 1, 10)
     3
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
@@ -264,34 +271,34 @@ def number(name: str, value: object, low: float, high: float) -> float:
 
 
 def parse_heads(text: object) -> list[Head]:
-    """Heads from `L2H0 L3H1` or `2-0, 3-1`, each once. UsageError for anything else."""
-    names = bounded("heads", text, MAX_HEADS_TEXT).replace(",", " ").split()
+    """The distinct heads in a text such as `L2H0 L3H1` or `2-0, 3-1`. UsageError for anything else."""
+    names = check_text("heads", text, MAX_HEADS_LENGTH).replace(",", " ").split()
     try:
-        return list(dict.fromkeys(Head.parse(bounded("a head", name, MAX_HEAD_NAME)) for name in names))
+        return list(dict.fromkeys(Head.parse(check_text("a head", name, MAX_HEAD_LENGTH)) for name in names))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def toggled(heads: Sequence[Head], head: Head) -> list[Head]:
-    """The heads with that one switched."""
+def toggle(heads: Sequence[Head], head: Head) -> list[Head]:
+    """The heads without `head` if it is one of them, else with it."""
     return [h for h in heads if h != head] if head in heads else [*heads, head]
 
 
-def as_json(asked: Asked, groundings: Sequence[Grounding]) -> list[dict[str, Any]]:
+def as_json(question: Question, groundings: Sequence[Grounding]) -> list[dict[str, Any]]:
     """The content of the download: the keys of predictions.jsonl, with the expression."""
     return [
         {
             "expression": expression,
-            "bbox": [round(float(x), 2) for x in found.box],
-            "score": round(float(found.score), 4),
-            "mask": encode_mask(found.mask),
-            "heads": [[head.layer, head.head] for head in found.heads],
-            "agreement": _rounded(found.agreement),
-            "confidence": _rounded(found.confidence),
-            "calibrated": found.calibrated,
-            "present": _rounded(found.presence),
+            "bbox": [round(float(x), 2) for x in grounding.box],
+            "score": round(float(grounding.score), 4),
+            "mask": encode_mask(grounding.mask),
+            "heads": [[head.layer, head.head] for head in grounding.heads],
+            "agreement": _rounded(grounding.agreement),
+            "confidence": _rounded(grounding.confidence),
+            "calibrated": grounding.calibrated,
+            "present": _rounded(grounding.presence),
         }
-        for expression, found in zip(asked.expressions, groundings, strict=True)
+        for expression, grounding in zip(question.expressions, groundings, strict=True)
     ]
 
 
@@ -299,15 +306,15 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def sure(found: Grounding) -> str:
-    """The confidence in a cell of the table."""
-    if found.confidence is None:
+def confidence_cell(grounding: Grounding) -> str:
+    """The confidence for the table, marked if it is uncalibrated."""
+    if grounding.confidence is None:
         return "-"
-    return f"{found.confidence:.2f}{'' if found.calibrated else ' (raw)'}"
+    return f"{grounding.confidence:.2f}{'' if grounding.calibrated else ' (raw)'}"
 
 
 def example_images(count: int = 6, size: int = 384) -> list[tuple[Image.Image, str]]:
-    """Synthetic scenes with an expression that fits; they need no file and no network."""
+    """Synthetic scenes, each with an expression; they need no file and no network."""
     return [
         (Image.fromarray(scene.image), expression.text)
         for scene, expression in scene_samples(count, size=size, seeds=VALIDATION_SEEDS)
@@ -315,7 +322,7 @@ def example_images(count: int = 6, size: int = 384) -> list[tuple[Image.Image, s
 
 
 def mean_title(options: GroundingOptions) -> str:
-    """What `binarise=mean` is called with these options.
+    """The label of `binarise=mean` with these options.
 
     >>> mean_title(GroundingOptions()), mean_title(GroundingOptions(means=1.5))
     ('mean (paper)', '1.5 means')

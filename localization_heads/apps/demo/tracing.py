@@ -1,4 +1,4 @@
-"""The part of the page that shows an answer word by word: what the heads looked at when each was written."""
+"""The part of the page that traces an answer: what the heads looked at when each word was written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import gradio as gr
 from PIL import Image
 
 from localization_heads.apps.demo.session import (
-    KEPT,
-    MAX_EXPRESSION,
-    MODEL,
-    bounded,
+    MAX_EXPRESSION_LENGTH,
+    MAX_SIDE,
+    MODEL_QUEUE,
+    check_text,
     num_pixels,
     parse_heads,
     read_image,
@@ -31,10 +31,10 @@ QUESTION = "what is in this image?"
 
 
 class Tracing:
-    """Question, answer, figure and page.
+    """The components for a question, its answer, the figure and the page, and their action.
 
     Args:
-        upload_of: the file of the image that the browser sent.
+        upload_of: returns the file of the image that the browser sent.
     """
 
     def __init__(self, run: DemoRun, visitors: Visitors, upload_of: Callable[[object], Path | None]) -> None:
@@ -56,11 +56,11 @@ class Tracing:
             )
             self.page = gr.DownloadButton("Download page", elem_id="trace_page")
 
-    def wire(self, image: gr.Image, heads: gr.Textbox, shown_to_people: Callable[..., Any]) -> None:
-        """Events."""
+    def wire(self, image: gr.Image, heads: gr.Textbox, show_errors: Callable[..., Any]) -> None:
+        """Connect the components to the action."""
         for event in (self.button.click, self.question.submit):
             event(
-                shown_to_people(self.trace),
+                show_errors(self.trace),
                 [image, self.question, heads],
                 [self.answer, self.figure, self.page],
                 preprocess=False,
@@ -69,25 +69,25 @@ class Tracing:
     def trace(
         self, request: gr.Request, image: object, question: object, heads: object
     ) -> tuple[str, str, str]:
-        """Run the model; its answer, and the files of figure and page, with the maps of the heads that are on."""
-        chosen = parse_heads(heads)
-        text = " ".join(bounded("the question", question, MAX_EXPRESSION).split())
+        """Run the model; returns its answer and the files of the figure and the page, for the selected heads."""
+        selected = parse_heads(heads)
+        text = " ".join(check_text("the question", question, MAX_EXPRESSION_LENGTH).split())
         upload = self.upload_of(image)
         if upload is None:
             raise UsageError("choose an image first")
-        with self.visitors.turn(request.session_hash) as visitor:
-            with MODEL.room(3 * num_pixels(upload)):
-                opened = MODEL.take(read_image, upload)
-                found = MODEL.take(self._traced, opened, text, chosen)
-                opened.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
-            page, figure = write_trace(found, opened, visitor.new_folder() / "trace.html")
-            return found.answer or "(nothing)", str(figure), str(page)
+        with self.visitors.request(request.session_hash) as visitor:
+            with MODEL_QUEUE.reserve(3 * num_pixels(upload)):
+                opened = MODEL_QUEUE.run(read_image, upload)
+                trace = MODEL_QUEUE.run(self._run_model, opened, text, selected)
+                opened.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+            page, figure = write_trace(trace, opened, visitor.new_folder() / "trace.html")
+            return trace.answer or "(nothing)", str(figure), str(page)
 
-    def _traced(self, image: Image.Image, question: str, heads: Sequence[Head]) -> Trace:
+    def _run_model(self, image: Image.Image, question: str, heads: Sequence[Head]) -> Trace:
         options = self.run.options
         if not heads:
             raise UsageError("switch at least one head on")
-        found = self.run.lvlm.trace(
+        trace = self.run.lvlm.trace(
             image, question, heads, max_new_tokens=DEFAULT_TRACE_TOKENS, options=options.grounding
         )
-        return replace(found, image_file="")
+        return replace(trace, image_file="")

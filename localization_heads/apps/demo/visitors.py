@@ -1,7 +1,7 @@
-"""The visitors of the page and their state, bounded in memory, files and waiting work.
+"""The visitors of the page and their state, with limits on memory, files and pending work.
 
-The name of a visitor is gradio's session, one per open page. It comes from the browser and is trusted for nothing but
-finding that visitor's own answer.
+A visitor is identified by gradio's session hash, one per open page. It comes from the browser and is used only to find
+that visitor's own question.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from uuid import uuid4
 
 from localization_heads.apps.demo.guard import remove
-from localization_heads.apps.demo.session import Asked
+from localization_heads.apps.demo.session import Question
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 
-MAX_BYTES = 512 << 20  # of images and maps, all visitors together
+MAX_BYTES = 512 << 20  # of the images and maps of all visitors
 MAX_VISITORS = 64
-MAX_WAITING = 4  # pieces of work of one visitor
+MAX_PENDING = 4  # requests of one visitor
 IDLE_SECONDS = 3600.0
-NOTHING_ASKED = (
+NO_QUESTION = (
     "no answer to redraw: press Ground (an answer is kept for an hour, or until others need its place)"
 )
 
@@ -35,29 +35,30 @@ class Visitor:
     """One open page.
 
     Args:
-        folder: for the files of its answers.
-        asked: its last question, None before the first.
-        heads_b: those of the second set.
-        upload: its image's file.
+        folder: the folder for the files of its answers.
+        question: its last question, None before the first and after it was dropped.
+        heads_b: the heads of the second set.
+        upload: the file of its image.
+        last_used: time of its last request.
+        num_pending: requests that wait or run.
     """
 
     folder: Path
-    asked: Asked | None = None
+    question: Question | None = None
     heads_b: list[Head] = field(default_factory=list)
     upload: Path | None = None
-    used: float = field(default_factory=time.monotonic)
-    waiting: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    num_pending: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    @property
-    def answer(self) -> Asked:
-        """The last question. UsageError if there is none, or none any more."""
-        if self.asked is None:
-            raise UsageError(NOTHING_ASKED)
-        return self.asked
+    def require_question(self) -> Question:
+        """The last question. UsageError if there is none, or if it was dropped."""
+        if self.question is None:
+            raise UsageError(NO_QUESTION)
+        return self.question
 
     def new_folder(self) -> Path:
-        """For the files of the next redraw. Those of the last one stay, which the browser may still be fetching."""
+        """Create a folder for the next redraw. The previous one is kept, since the browser may still be loading it."""
         folder = self.folder / f"{time.monotonic_ns():020d}"
         folder.mkdir(parents=True)
         for old in sorted(self.folder.iterdir())[:-2]:
@@ -69,9 +70,10 @@ class Visitors:
     """All visitors, least recently active first.
 
     Args:
-        folder: for their files, a folder each.
-        is_kept: files of the page itself, which no visitor takes along.
-        max_bytes: of images and maps in memory.
+        folder: the parent of the visitors' folders.
+        is_kept: whether a file belongs to the page itself and is never removed with a visitor.
+        max_bytes: limit on images and maps in memory.
+        limit: the number of visitors.
     """
 
     def __init__(
@@ -82,22 +84,22 @@ class Visitors:
         limit: int = MAX_VISITORS,
     ) -> None:
         self.folder, self.is_kept, self.max_bytes, self.limit = folder, is_kept, max_bytes, limit
-        self._known: OrderedDict[str, Visitor] = OrderedDict()
+        self._by_session: OrderedDict[str, Visitor] = OrderedDict()
         self._lock = threading.Lock()
         self.is_closed = False
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._by_session)
 
     @property
     def num_bytes(self) -> int:
         """Size of their images and maps in memory."""
-        return sum(v.asked.num_bytes for v in self._known.values() if v.asked)
+        return sum(v.question.num_bytes for v in self._by_session.values() if v.question)
 
     @contextmanager
-    def turn(self, name: str | None) -> Iterator[Visitor]:
-        """One piece of work of a visitor, after the earlier ones. UsageError if too many are waiting."""
-        visitor = self._enter(name or "")
+    def request(self, session: str | None) -> Iterator[Visitor]:
+        """Handle one request of a visitor, after its earlier ones. UsageError if too many are pending."""
+        visitor = self._enter(session or "")
         try:
             with visitor.lock:
                 if self.is_closed:
@@ -106,59 +108,59 @@ class Visitors:
         finally:
             self._leave(visitor)
 
-    def end(self, name: str | None) -> None:
-        """The page was closed: its images go."""
+    def end(self, session: str | None) -> None:
+        """Drop the state of a page that was closed."""
         with self._lock:
-            visitor = self._known.pop(name or "", None)
-            if visitor and not visitor.waiting:
+            visitor = self._by_session.pop(session or "", None)
+            if visitor and not visitor.num_pending:
                 self._free(visitor)
 
     def close(self, seconds: float = 10) -> None:
-        """Accept no more work, and wait for what has begun: it writes into a folder that is about to go."""
+        """Refuse further requests, and wait for running ones, which write into a folder that will be removed."""
         self.is_closed = True
         with self._lock:
-            visitors = list(self._known.values())
+            visitors = list(self._by_session.values())
         for visitor in visitors:
             if visitor.lock.acquire(timeout=seconds):
                 visitor.lock.release()
 
-    def _enter(self, name: str) -> Visitor:
+    def replace_upload(self, visitor: Visitor, upload: Path) -> None:
+        """Set the file of the visitor's image, and remove that of the previous one."""
         with self._lock:
-            visitor = self._known.setdefault(name, Visitor(self.folder / uuid4().hex))
-            self._known.move_to_end(name)
-            if visitor.waiting >= MAX_WAITING:
+            if visitor.upload != upload:
+                self._remove_upload(visitor)
+            visitor.upload = upload
+
+    def _enter(self, session: str) -> Visitor:
+        with self._lock:
+            visitor = self._by_session.setdefault(session, Visitor(self.folder / uuid4().hex))
+            self._by_session.move_to_end(session)
+            if visitor.num_pending >= MAX_PENDING:
                 raise UsageError("the page is still busy with what you did before: wait for it")
-            visitor.waiting += 1
-            visitor.used = time.monotonic()
+            visitor.num_pending += 1
+            visitor.last_used = time.monotonic()
             return visitor
 
     def _leave(self, visitor: Visitor) -> None:
         with self._lock:
-            visitor.waiting -= 1
-            if not visitor.waiting and visitor not in self._known.values():
+            visitor.num_pending -= 1
+            if not visitor.num_pending and visitor not in self._by_session.values():
                 self._free(visitor)
-            for name, other in list(self._known.items()):  # the least recently used first
-                if other.waiting or other is visitor:
+            for session, other in list(self._by_session.items()):  # the least recently used first
+                if other.num_pending or other is visitor:
                     continue
-                is_idle = other.used < time.monotonic() - IDLE_SECONDS
-                if is_idle or len(self._known) > self.limit or self.num_bytes > self.max_bytes:
-                    self._free(self._known.pop(name))
+                is_idle = other.last_used < time.monotonic() - IDLE_SECONDS
+                if is_idle or len(self._by_session) > self.limit or self.num_bytes > self.max_bytes:
+                    self._free(self._by_session.pop(session))
 
     def _free(self, visitor: Visitor) -> None:
-        visitor.asked = None
+        visitor.question = None
         shutil.rmtree(visitor.folder, ignore_errors=True)
-        self._drop_upload(visitor)
+        self._remove_upload(visitor)
 
-    def replace_upload(self, visitor: Visitor, upload: Path) -> None:
-        """Another image: the file of the one before goes."""
-        with self._lock:
-            if visitor.upload != upload:
-                self._drop_upload(visitor)
-            visitor.upload = upload
-
-    def _drop_upload(self, visitor: Visitor) -> None:
-        """gradio keeps one file for all who uploaded the same."""
+    def _remove_upload(self, visitor: Visitor) -> None:
+        """Remove the file of the visitor's image, unless another visitor uploaded the same one, which gradio shares."""
         upload, visitor.upload = visitor.upload, None
-        shared = any(other.upload == upload for other in self._known.values())
-        if upload and not shared and not self.is_kept(upload.parent):
+        is_shared = any(other.upload == upload for other in self._by_session.values())
+        if upload and not is_shared and not self.is_kept(upload.parent):
             remove(upload.parent)
