@@ -1,4 +1,4 @@
-"""Work that ends its own process once, or at every try, as a lack of memory does; workers import it by name."""
+"""Replacements for `_analyse_chunk` that kill their own process, as a lack of memory does. Workers import them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ analysed = find._analyse_chunk
 
 
 def killed_once(run: Any, entries: Any, attended: Sequence[Any], **options: Any) -> Any:
-    """Dies with the victim's chunk in its hands; leaves the process's id behind."""
+    """Kill the process at the first chunk that holds the victim, after writing its id to `MARK`."""
     if not MARK.exists() and any(one.sample.id == VICTIM for one in attended):
         MARK.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL)
@@ -24,6 +24,7 @@ def killed_once(run: Any, entries: Any, attended: Sequence[Any], **options: Any)
 
 
 def killed_always(run: Any, entries: Any, attended: Sequence[Any], **options: Any) -> Any:
+    """Kill the process at every chunk that holds the victim, appending an x to `MARK`."""
     if any(one.sample.id == VICTIM for one in attended):
         with MARK.open("a") as file:
             file.write("x")
@@ -32,5 +33,5 @@ def killed_always(run: Any, entries: Any, attended: Sequence[Any], **options: An
 
 
 def left_to_workers(*_: Any, **__: Any) -> None:
-    """In place of the model's way through a chunk in the command's own process."""
+    """Replaces `attend_chunk` in the main process, which must not run the model."""
     raise AssertionError("the command ran the model itself")

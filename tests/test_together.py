@@ -44,7 +44,7 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import generate_box
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.stages import workers
-from localization_heads.stages.entries import MAX_CHUNK_PIXELS, Entries, ImageCache
+from localization_heads.stages.entries import MAX_CHUNK_PIXELS, DecodedImageCache, Entries
 from localization_heads.store.attention_files import load_attention
 
 SEVERAL = [
@@ -280,7 +280,7 @@ def test_the_pixels_of_a_prompts_images_are_limited(monkeypatch: pytest.MonkeyPa
 def test_prompts_with_addresses_are_a_chunk_of_their_own(tmp_path: Path) -> None:
     """As the size of an image that is not downloaded yet is unknown."""
     file = draw_image(tmp_path / "a.png", 1, (20, 10))
-    pixels = ImageCache(0).pixels
+    pixels = DecodedImageCache(0).pixels
     with_address = lh.Together([file, lh.Address("https://a.org/b.png")])
     assert pixels(lh.Sample(lh.Together([file, file]), "the dog")) == 400
     assert pixels(lh.Sample(with_address, "the dog")) == MAX_CHUNK_PIXELS

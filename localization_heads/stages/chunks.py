@@ -25,8 +25,8 @@ from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
 from localization_heads.stages.entries import (
     MAX_CHUNK_PIXELS,
     MAX_PREFETCH_PIXELS,
+    DecodedImageCache,
     Entries,
-    ImageCache,
     image_key,
 )
 from localization_heads.stages.run import Run
@@ -116,7 +116,7 @@ class Task(NamedTuple):
 
 
 def split_into_chunks(
-    samples: Sequence[Sample], size: int, images: ImageCache | None = None
+    samples: Sequence[Sample], size: int, images: DecodedImageCache | None = None
 ) -> Iterator[list[Sample]]:
     """Split samples into chunks of at most `size`, always in the same way.
 
@@ -125,7 +125,7 @@ def split_into_chunks(
     most `MAX_CHUNK_PIXELS`, or a single image. With large images it is that limit which bounds the memory: they cost
     more to decode than a larger batch would save.
     """
-    images = images or ImageCache(0)
+    images = images or DecodedImageCache(0)
     chunk: list[Sample] = []
     pixels = 0
     for group in _group_by_image(samples, size, images):
@@ -138,7 +138,9 @@ def split_into_chunks(
         yield chunk
 
 
-def _group_by_image(samples: Sequence[Sample], size: int, images: ImageCache) -> Iterator[list[Sample]]:
+def _group_by_image(
+    samples: Sequence[Sample], size: int, images: DecodedImageCache
+) -> Iterator[list[Sample]]:
     """The samples of each image, in groups of at most `size`, sorted by length within each window."""
 
     def length(group: list[Sample]) -> tuple[int, int]:

@@ -43,7 +43,7 @@ MAX_PREFETCH_PIXELS = 16_000_000
 """Pixels of an image that may be loaded while the model is busy with others: processors take 20 bytes per pixel."""
 
 
-class ImageCache:
+class DecodedImageCache:
     """The decoded images of a run, so that most are opened only once.
 
     An image is kept if it was opened for its size, or loaded with `keep=True`, and fits. It is dropped when it is
@@ -126,7 +126,9 @@ class Entries:
     max_batch_size: int | None = None
     images_reused: bool = False
     with_sensitivity: bool = False
-    images: ImageCache = field(default_factory=lambda: ImageCache(MAX_CACHED_PIXELS), repr=False)
+    images: DecodedImageCache = field(
+        default_factory=lambda: DecodedImageCache(MAX_CACHED_PIXELS), repr=False
+    )
     _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
     _by_image: dict[str | int, list[str]] = field(default_factory=dict, repr=False)
 
