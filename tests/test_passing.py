@@ -279,13 +279,13 @@ def write_shared_images(folder: Path) -> None:
 @pytest.fixture
 def expressions_per_image(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many expressions each encoded image was asked."""
-    original, counts = EncodedImage.answer, []
+    original, counts = EncodedImage.attend_prepared, []
 
     def spy(self: EncodedImage, questions: Any, last_layer: int | None) -> Any:
         counts.append(len(questions))
         return original(self, questions, last_layer)
 
-    monkeypatch.setattr(EncodedImage, "answer", spy)
+    monkeypatch.setattr(EncodedImage, "attend_prepared", spy)
     return counts
 
 
