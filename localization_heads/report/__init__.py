@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about one run, for people who were not there."""
+"""`report.html`: one self-contained page about one run, for readers who did not run it."""
 
 from localization_heads.report.content import Card, Gallery, HeadFacts, Report, outline, thumbnail, tiny_map
 from localization_heads.report.page import render

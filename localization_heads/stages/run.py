@@ -241,7 +241,7 @@ class ModelRun(Generic[Chosen]):
 
     @cached_property
     def ready_heads(self) -> ReadyHeads:
-        """What `heads=auto` uses of the model's known heads, as far as known before it is loaded."""
+        """The known heads that `heads=auto` uses, chosen by the options alone, before the model is loaded."""
         options, spec = self.options, self.spec
         known = spec if spec.heads or spec.lists else find_spec(spec.name)
         asks_for_box = options.query_token == "answer_span" and options.answer_span == BOX

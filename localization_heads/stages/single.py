@@ -133,7 +133,7 @@ def visualize(run: Run) -> VisualizeResult:
     return draw_sample(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
 
 
-def heads_for_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tuple[Head, ...] | None:
+def heads_for_file(heads_option: Any, k: int, maps: AttentionMaps, path: Path) -> tuple[Head, ...] | None:
     """The heads of `heads=` for an attention file; None if the sample picks its own.
 
     The file may come from another model than `model=`, so `heads=auto` uses the heads known for the file's model, if
@@ -145,9 +145,9 @@ def heads_for_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tupl
         ready = choose_ready(
             spec.heads, spec.lists, conditions.get("conv_mode"), conditions.get("query_token")
         )
-    heads = choose_heads(wanted, k, maps.model, folder, ready)
-    found = heads_found_with(wanted, maps.model, folder, ready)
-    if note := mismatch_warning(f"heads={wanted}", found, maps.asked):
+    heads = choose_heads(heads_option, k, maps.model, folder, ready)
+    found_with = heads_found_with(heads_option, maps.model, folder, ready)
+    if note := mismatch_warning(f"heads={heads_option}", found_with, maps.asked):
         log.warning("%s", note)
     return heads
 
@@ -249,7 +249,7 @@ def image_or_none(load: Callable[[], SomeImage]) -> SomeImage | None:
 def find_attention_file(name: str) -> Path:
     """The file with that name, or else the only one with that name in another model's folder.
 
-    Thus a path from the published code, such as `outputs/.../llava/attention/x.pkl`, works with any model.
+    A path from the published code, such as `outputs/.../llava/attention/x.pkl`, works with any model.
 
     Raises:
         UsageError: there is no such file, or there are several.
@@ -263,7 +263,7 @@ def find_attention_file(name: str) -> Path:
             log.warning("there is no %s: taking %s", path, candidates[0])
             return candidates[0]
         if candidates:
-            raise UsageError(f"attention_file={name}: there is no such file; {_choose(candidates)}")
+            raise UsageError(f"attention_file={name}: there is no such file; {_name_one_of(candidates)}")
     raise UsageError(
         f"attention_file={name}: there is no such file; stage=collect or stage=batch writes them"
     )
@@ -272,17 +272,17 @@ def find_attention_file(name: str) -> Path:
 def attention_file_of(id: str) -> Path:
     """The attention file with that id, of any model. UsageError if there is none, or there are several."""
     suffixes = set(ATTENTION_FORMATS.values())  # some formats share one
-    found = [
+    paths = [
         path for suffix in suffixes for path in DEFAULT_OUTPUT_DIR.glob(f"*/attention/{escape(id)}{suffix}")
     ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UsageError(f"names no attention_file; {_choose(sorted(found))}")
+    if len(paths) == 1:
+        return paths[0]
+    if paths:
+        raise UsageError(f"names no attention_file; {_name_one_of(sorted(paths))}")
     raise UsageError(f"names no attention_file, and there is no {DEFAULT_OUTPUT_DIR}/*/attention/{id}.pkl")
 
 
-def _choose(paths: Sequence[Path]) -> str:
+def _name_one_of(paths: Sequence[Path]) -> str:
     return f"name one of {', '.join(map(str, paths[:5]))}"
 
 

@@ -51,7 +51,7 @@ def open_statistics(run: Run, *, with_sensitivity: bool = False) -> StatisticsSt
 
 
 def open_ranking_statistics(run: Run, entries: Entries) -> StatisticsStore:
-    """The store of a run that ranks heads, with sensitivity if the options use it."""
+    """The store of a run that ranks heads. Sets `entries.with_sensitivity` if the criteria use sensitivity."""
     entries.with_sensitivity = measures_sensitivity(run.options.criteria)
     return open_statistics(run, with_sensitivity=entries.with_sensitivity)
 
@@ -66,7 +66,8 @@ def append_statistics(
     """Store the statistics of one or more samples. Statistics that are already stored stay as they are.
 
     Args:
-        keys: of the samples, and `sensitivity` of the samples, for a store that includes it.
+        keys: keys of the samples; by default `entries.key`.
+        sensitivity: sensitivities of the samples, for a store that includes them.
     """
     samples, of_samples = zip(*statistics, strict=True)
     store.append(
@@ -82,24 +83,24 @@ def append_statistics(
 def find_stored_statistics(run: Run) -> StoreHeader:
     """The stored statistics that fit the run's options, without loading the model (`stage=rank`).
 
-    Of several stores, which differ in the weights, the one used last.
+    If several stores fit, which then differ in the weights, it is the one used last.
 
     Raises:
         UsageError: there are none.
     """
     with_sensitivity = measures_sensitivity(run.options.criteria)
-    wanted = _options(run, with_sensitivity=with_sensitivity)
+    options = _options(run, with_sensitivity=with_sensitivity)
     stores = find_stores(run.folder / "statistics")
-    fitting = [store for store in stores if store.settings.get("asked") == wanted]
-    if not fitting and not with_sensitivity:  # a store with sensitivity has the paper's two as well
-        fitting = [
-            store for store in stores if store.has_sensitivity and _without_sensitivity(store) == wanted
+    matching = [store for store in stores if store.settings.get("asked") == options]
+    if not matching and not with_sensitivity:  # a store with sensitivity also holds the paper's two criteria
+        matching = [
+            store for store in stores if store.has_sensitivity and _without_sensitivity(store) == options
         ]
-    if len(fitting) > 1:
-        log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
-    if fitting:
-        return fitting[0]
-    others = [_difference(store.settings.get("asked"), wanted) for store in stores]
+    if len(matching) > 1:
+        log.warning("%d stores fit these options, of other weights: taking the one used last", len(matching))
+    if matching:
+        return matching[0]
+    others = [_difference(store.settings.get("asked"), options) for store in stores]
     held = f"only with {'; or with '.join(sorted(set(others)))}" if others else "none yet"
     raise UsageError(
         f"stage=rank: no statistics of these options in {run.folder / 'statistics'} ({held}): "
@@ -154,10 +155,10 @@ def _without_sensitivity(store: StoreHeader) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in excluded}
 
 
-def _difference(stored: Any, wanted: dict[str, Any]) -> str:
-    """A store's options where they differ from the run's, for example `conv_mode=chat, view=tiles`."""
+def _difference(stored: Any, options: dict[str, Any]) -> str:
+    """The stored options that differ from the run's, for example `conv_mode=chat, view=tiles`."""
     stored = stored if isinstance(stored, dict) else {}
-    pairs = ((name, stored.get(name)) for name, value in wanted.items() if stored.get(name) != value)
+    pairs = ((name, stored.get(name)) for name, value in options.items() if stored.get(name) != value)
     return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
 
 
