@@ -254,10 +254,11 @@ def attend_samples(
     if entries.max_batch_size and len(loaded) > entries.max_batch_size:
         return attend_in_parts(entries.max_batch_size)
     samples, images = zip(*loaded, strict=True)
+    expressions = [run.query_for(sample.expression) for sample in samples]
     try:
         maps = run.lvlm.attend_batch(
             images,
-            [run.query_for(sample.expression) for sample in samples],
+            expressions,
             last_layer=last_layer,
             prepared=batch,
             extra_prompts=chunk.extra_prompts,
