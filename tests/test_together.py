@@ -23,7 +23,7 @@ from front import (
     write_lines,
 )
 from PIL import Image
-from test_spreading import by_one_worker
+from test_workers import by_one_worker
 
 import localization_heads as lh
 from localization_heads.attention import AttentionMaps, join_images

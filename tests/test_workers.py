@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import killing
 import numpy as np
 import pytest
+import worker_killers
 from front import EXPRESSIONS, Front, draw_image, stub_figures, write_lines
 from tiny_models import save_overflowing
 
@@ -109,8 +109,8 @@ def test_results_are_those_of_the_local_engine(
     options = (f"stage={stage}", *DATA, *MORE_OPTIONS.get(stage, ()))
     local = front.finder(*options, "output_dir=by_local")
     if stage == "find":
-        monkeypatch.setattr("localization_heads.stages.find._analyse_chunk", killing.killed_once)
-    monkeypatch.setattr(flow, "attend_chunk", killing.left_to_workers)
+        monkeypatch.setattr("localization_heads.stages.find._analyse_chunk", worker_killers.killed_once)
+    monkeypatch.setattr(flow, "attend_chunk", worker_killers.left_to_workers)
     num_workers = 2 if stage == "find" else 1  # each takes seconds to start
     remote = front.finder(*options, "output_dir=by_ray", *RAY, f"engine.num_workers={num_workers}")
     assert (local.status, remote.status) == (1, 1), remote.err
@@ -121,9 +121,9 @@ def test_results_are_those_of_the_local_engine(
     assert files == files_of("local")
     assert stage == "ground" or b'"cards":' in files["report"]
     assert (stage == "ground") == ("NaN" in remote.out)
-    assert (stage == "find") == killing.MARK.exists()
+    assert (stage == "find") == worker_killers.MARK.exists()
     if stage == "find":
-        assert int(killing.MARK.read_text()) != os.getpid()
+        assert int(worker_killers.MARK.read_text()) != os.getpid()
 
 
 def test_an_entry_that_kills_every_worker(ray: Any, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +131,10 @@ def test_an_entry_that_kills_every_worker(ray: Any, front: Front, monkeypatch: p
     assert workers.RETRIES == 3
     monkeypatch.setattr(workers, "RETRIES", 1)  # each starts a worker
     with monkeypatch.context() as patch:
-        patch.setattr("localization_heads.stages.find._analyse_chunk", killing.killed_always)
+        patch.setattr("localization_heads.stages.find._analyse_chunk", worker_killers.killed_always)
         options = ("stage=find", *DATA, *RAY, "engine.num_workers=1")
         assert "a worker died 2 times" in front.error(*options, "output_dir=by_ray", status=1)
-    assert killing.MARK.read_text() == "xx"
+    assert worker_killers.MARK.read_text() == "xx"
     for engine in ("ray", "local"):
         assert front.finder("stage=find", *DATA, f"output_dir=by_{engine}").status == 1
     assert files_of("ray") == files_of("local")
@@ -173,7 +173,7 @@ def test_a_worker_in_this_process_gives_the_local_results(
     given = (*DATA, *options.split(), "end_index=5", "report=false")
     local = front.finder(*given, "output_dir=by_local")
     monkeypatch.setattr(workers, "run_on_workers", by_one_worker)
-    monkeypatch.setattr(flow, "attend_chunk", killing.left_to_workers)
+    monkeypatch.setattr(flow, "attend_chunk", worker_killers.left_to_workers)
     remote = front.finder(*given, "output_dir=by_ray", "engine=ray")
     assert (local.status, remote.status) == (1, 1), remote.err
     assert remote.out.replace("by_ray", "by_local") == local.out
