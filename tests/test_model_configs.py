@@ -112,7 +112,7 @@ MODEL_TYPES = {
 
 
 def composed(*overrides: str) -> FinderOptions:
-    found = compose.composed("finder", *overrides)
+    found = compose.compose_options("finder", *overrides)
     assert isinstance(found, FinderOptions)
     return found
 
