@@ -44,7 +44,7 @@ def test_rle_round_trip_at_extreme_sizes(shape):
 
 
 @pytest.mark.parametrize(
-    "runs",
+    "rle",
     [
         {"size": [3, 4], "counts": ""},
         {"size": [3, 4], "counts": "zzzzzzzz"},

@@ -248,7 +248,7 @@ def test_video_that_ends_early_is_reported(front: Front, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("extra", "message"),
     [
         (["video_file=no.mp4"], "no.mp4: no such file"),
         (["image_file=cat.png"], "leave out image_file="),
