@@ -1,7 +1,7 @@
-"""`AttentionMaps`: what one expression made every head of one model look at in one image.
+"""`AttentionMaps`: the attention of every head of a model over one image, for one expression.
 
-This is the record that flows through the whole tool: the model side produces it, the criteria, the grounding,
-the figures and the store consume it. It holds numpy arrays and plain values only and never imports torch.
+This record flows through the whole tool: the model produces it; criteria, grounding, figures and store consume it. It
+holds numpy arrays and plain values only, so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]
 
 
 def is_outside_image(box: Box, image_size: tuple[int, int]) -> bool:
-    """Whether a box covers nothing of its image of `(W, H)` pixels: one of the two is then of another one.
+    """Whether a box lies entirely outside its image of `(W, H)` pixels.
 
     >>> is_outside_image((-5, 0, 1, 1), (4, 4)), is_outside_image((4, 0, 5, 1), (4, 4))
     (False, True)
@@ -29,7 +29,7 @@ def is_outside_image(box: Box, image_size: tuple[int, int]) -> bool:
 
 
 def clip_box(box: Box, image_size: tuple[int, int]) -> Box:
-    """The part of a box that lies on its image of `(W, H)` pixels; an empty one where none does.
+    """A box clipped to its image of `(W, H)` pixels; empty if it lies outside.
 
     >>> clip_box((-5.0, 0.0, 1.0, 9.0), (4, 4)), clip_box((5.0, 0.0, 6.0, 1.0), (4, 4))
     ((0.0, 0.0, 1.0, 4.0), (5.0, 0.0, 5.0, 1.0))
@@ -40,7 +40,7 @@ def clip_box(box: Box, image_size: tuple[int, int]) -> Box:
 
 
 def rescale_box(box: Box, before: tuple[int, int], after: tuple[int, int]) -> Box:
-    """A box of an image of `(W, H)` pixels in pixels of the same image in another resolution.
+    """A box of an image of size `before`, `(W, H)`, in pixels of the same image resized to `after`.
 
     >>> rescale_box((1, 2, 3, 4), (4, 4), (8, 2))
     (2.0, 1.0, 6.0, 2.0)
@@ -57,24 +57,24 @@ class AttentionMaps:
 
     Args:
         attention: float32 `[layer, head, grid_h, grid_w]`; softmax weights, *not* renormalised over the image.
-        image_box: the region of the original image that the grid covers, in pixels. Its cells are equal in
-            size. It reaches beyond the image where the processor padded and stays inside where it cropped.
+        image_box: the region of the original image that the grid covers, in pixels; all cells have the same size. It
+            extends beyond the image if the processor padded, and stays inside if it cropped.
         image_size: `(W, H)` of the original image in pixels.
-        answer: the same of the answer's tokens, their mean, where those were read as well
-            (`query_token=last_and_answer`); as `attention`.
+        answer: the mean over the answer's tokens, of the shape of `attention`; None unless
+            `query_token=last_and_answer`.
         others: maps of other expressions of the same image, which a read-out may contrast these with.
-        answer_text: what the model answers, where it was heard.
-        answer_logprob: log-probability, in nats, of the first token that the model generates after the prompt; None
-            where that was not asked for.
-        expression_logprob: log-probability, in nats, of the expression's own tokens in the prompt after its first, and
-            of the mark that closes it; None where that was not asked for.
-        presence_logit: log-odds of yes against no, in nats, where the model was asked whether the image shows this.
-        statement_logit: the same where it was asked whether the expression holds, as in "is the dog on the left?".
-        asked: the model's weights, prompt and query token (`LVLM.asked`); None where that is not known.
-        heads: the heads that `attention` and `answer` have maps of, where only theirs were kept: their axes
-            `[layer, head]` are then 1 and the heads in this order. None where all are there.
-        images: the same of every image of the prompt, in its order, where it shows several: these are then the maps
-            of one of them, `image_index`, counted from 0.
+        answer_text: the model's answer, if one was generated.
+        answer_logprob: log-probability, in nats, of the first token that the model generates after the prompt; None if
+            not computed.
+        expression_logprob: log-probability, in nats, of the expression's tokens in the prompt after the first one, and
+            of the closing punctuation; None if not computed.
+        presence_logit: log-odds of yes against no, in nats, to whether the image shows the thing; None if not asked.
+        statement_logit: the same to whether the expression holds, as in "is the dog on the left?".
+        asked: the model's weights, prompt and query token (`LVLM.asked`); None if unknown.
+        heads: the only heads whose maps were kept; `attention` and `answer` are then `[1, k, grid_h, grid_w]`, in this
+            order. None if all heads are there.
+        images: for a prompt with several images, the maps of each, in order; these maps are those of `image_index`.
+        image_index: index of the image in the prompt, from 0; None for a prompt with one image.
 
     >>> maps = AttentionMaps(np.zeros((32, 32, 24, 24), np.float32), (0, 0, 640, 640), (640, 480))
     >>> maps.num_layers, maps.num_heads, maps.grid
@@ -122,19 +122,19 @@ class AttentionMaps:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the maps take, those of other expressions included."""
+        """Memory of the maps, including those of other expressions and images."""
         answer = 0 if self.answer is None else self.answer.nbytes
-        rest = [one for index, one in enumerate(self.images) if index != self.image_index]
-        return self.attention.nbytes + answer + sum(other.num_bytes for other in (*self.others, *rest))
+        other_images = [maps for index, maps in enumerate(self.images) if index != self.image_index]
+        return self.attention.nbytes + answer + sum(maps.num_bytes for maps in (*self.others, *other_images))
 
     def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
-        """The same maps of the same image in another resolution, `(W, H)`."""
+        """The same maps for the image resized to `(W, H)`."""
         return replace(
             self, image_box=rescale_box(self.image_box, self.image_size, image_size), image_size=image_size
         )
 
     def check_finite(self) -> None:
-        """NotFiniteError if a weight is NaN or infinite, as where half precision overflows."""
+        """NotFiniteError if a weight is NaN or infinite, as after an overflow in half precision."""
         answer = self.attention if self.answer is None else self.answer
         if not (np.isfinite(self.attention).all() and np.isfinite(answer).all()):
             raise NotFiniteError
@@ -142,7 +142,7 @@ class AttentionMaps:
             other.check_finite()
 
     def at(self, index: int | None) -> AttentionMaps:
-        """The same with the maps of another image of the prompt; of a prompt with one image, the same."""
+        """The maps of another image of the prompt; self for `image_index`, and for None."""
         if index == self.image_index or index is None:
             return self
         one = self.images[index]
@@ -157,7 +157,7 @@ class AttentionMaps:
         )
 
     def only(self, heads: Sequence[tuple[int, int]] | None) -> AttentionMaps:
-        """The same with the maps of these heads alone, which then take no more memory than that; None keeps all."""
+        """A copy with the maps of these heads alone, so that the others can be freed; None keeps all."""
         if heads is None or self.heads is not None:
             return self
         layers, numbers = zip(*heads, strict=True)
@@ -171,21 +171,21 @@ class AttentionMaps:
         return replace(self, attention=picked(self.attention), answer=answer, heads=chosen, images=images)
 
     def places(self, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Where the maps of these heads are in `attention`, `[layer, head]`. ValueError for one that was not kept."""
+        """Indices `[layer, head]` of these heads in `attention`. ValueError for a head whose maps were not kept."""
         if self.heads is None:
             return [(int(layer), int(number)) for layer, number in heads]
-        kept = {head: place for place, head in enumerate(self.heads)}
+        kept = {head: index for index, head in enumerate(self.heads)}
         try:
             return [(0, kept[int(layer), int(number)]) for layer, number in heads]
         except KeyError as error:
             raise ValueError(f"the maps of head {error} were not kept") from None
 
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
-        """The same maps with the entry's name and image written on them."""
+        """A copy with the id and the image file of its entry."""
         return replace(self, id=id, image_file=image_file)
 
 
-def join_images(each: Sequence[AttentionMaps]) -> AttentionMaps:
-    """The maps of a prompt with several images, from those of each: at first, of the one that draws most attention."""
-    index = int(np.argmax([one.attention.sum(dtype=np.float64) for one in each]))
-    return replace(each[index], images=tuple(each), image_index=index)
+def join_images(images: Sequence[AttentionMaps]) -> AttentionMaps:
+    """The maps of a prompt with several images, from those of each; `at` the image with the most attention."""
+    index = int(np.argmax([maps.attention.sum(dtype=np.float64) for maps in images]))
+    return replace(images[index], images=tuple(images), image_index=index)

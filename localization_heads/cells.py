@@ -1,4 +1,4 @@
-"""Cells of a map: their components, which of them show the image, and a map on the pixels of the image."""
+"""The grid of a map over its image: components of cells, coverage of cells by boxes and masks, resampling to pixels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from localization_heads.attention import Box, clip_box
 from localization_heads.options.groups import Interpolation
 
 SLIVER = 1e-6
-"""Pixels: a cell that shows less of the image than this is outside; it touches the border by rounding."""
+"""Pixels: a cell that shows less of the image than this lies outside of it but for rounding."""
 
 
 def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Number the 8-connected components of a stack of masks, 1..n through the whole stack; 0 is background.
+    """Label the 8-connected components of a stack of masks: 1..n through the whole stack, 0 for the background.
 
     Args:
         masks: bool `[..., h, w]`.
@@ -29,19 +29,19 @@ def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
     [[1, 0, 2], [0, 0, 2]]
     """
     *stack, height, width = masks.shape
-    apart = np.zeros((*stack, height + 1, width), dtype=np.bool_)
-    apart[..., :-1, :] = masks
-    return label_separated(apart)[1][..., :-1, :].copy()
+    separated = np.zeros((*stack, height + 1, width), dtype=np.bool_)
+    separated[..., :-1, :] = masks
+    return label_separated(separated)[1][..., :-1, :].copy()
 
 
-def label_separated(apart: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
-    """Components of masks `[..., h, w]` whose last row is empty: one more than there are, and the labels."""
-    if not apart.size:
-        return 1, np.zeros(apart.shape, dtype=np.int32)
-    column = apart.view(np.uint8).reshape(-1, apart.shape[-1])
-    # Of OpenCV's algorithms, this one numbers components by their first cell; others go by blocks of cells.
-    count, labels = cv2.connectedComponentsWithAlgorithm(column, 8, cv2.CV_32S, cv2.CCL_WU)
-    return count, np.asarray(labels, dtype=np.int32).reshape(apart.shape)
+def label_separated(separated: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
+    """`label_components` of masks `[..., h, w]` that an empty last row keeps apart: one more than n, and the labels."""
+    if not separated.size:
+        return 1, np.zeros(separated.shape, dtype=np.int32)
+    stacked = separated.view(np.uint8).reshape(-1, separated.shape[-1])
+    # Only this algorithm of OpenCV labels components in the order of their first cells.
+    count, labels = cv2.connectedComponentsWithAlgorithm(stacked, 8, cv2.CV_32S, cv2.CCL_WU)
+    return count, np.asarray(labels, dtype=np.int32).reshape(separated.shape)
 
 
 def tight_box(
@@ -49,11 +49,10 @@ def tight_box(
     x_edges: NDArray[np.float64] | None = None,
     y_edges: NDArray[np.float64] | None = None,
 ) -> Box | None:
-    """The smallest box that holds a mask, bool `(h, w)`: xyxy, half-open; None for an empty mask.
+    """The smallest box that contains a mask, bool `(h, w)`: xyxy, half-open; None for an empty mask.
 
     Args:
-        x_edges, y_edges: borders of its columns `[w + 1]` and rows `[h + 1]`, in pixels; by default it is a mask of
-            pixels.
+        x_edges, y_edges: borders of its columns `[w + 1]` and rows `[h + 1]` in pixels; by default a cell is a pixel.
 
     >>> tight_box(np.array([[False, False, False], [False, True, True]]))
     (1.0, 1.0, 3.0, 2.0)
@@ -69,25 +68,25 @@ def tight_box(
 def upsample(
     maps: NDArray[np.floating[Any]], times: int, interpolation: Interpolation = "nearest"
 ) -> NDArray[np.floating[Any]]:
-    """Maps `[..., h, w]` with every cell cut into `times x times`: `[..., h * times, w * times]`.
+    """Maps `[..., h, w]` with every cell split into `times x times`: `[..., h * times, w * times]`.
 
-    `nearest` repeats the cell's value. `bilinear` goes linearly from centre to centre and stays constant from the
-    outer centres to the border, as OpenCV and PyTorch resize (without aligned corners).
+    `nearest` repeats the cell's value; `bilinear` interpolates between cell centres and is constant from the outer
+    centres to the border, like OpenCV, and PyTorch with `align_corners=False`.
     """
     if times == 1:
         return maps
     if interpolation == "nearest":
         return np.repeat(np.repeat(maps, times, -2), times, -1)
     h, w = maps.shape[-2:]
-    return _blended(
-        maps.astype(np.float64), _between_centres(0, h, h, h, times), _between_centres(0, w, w, w, times)
+    return _interpolate(
+        maps.astype(np.float64), _interpolation(0, h, h, h, times), _interpolation(0, w, w, w, times)
     )
 
 
 def normalised_heatmap(
     combined: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """A map `[h, w]` over `image_box` on the pixels of the image, `[H, W]`, scaled to a maximum of 1."""
+    """A map `[h, w]` over `image_box`, interpolated on the pixels of the image, `[H, W]`, with a maximum of 1."""
     heat = upsample_to_image(combined, image_box, image_size)
     peak = heat.max()
     return heat / peak if peak > 0 else heat
@@ -96,16 +95,16 @@ def normalised_heatmap(
 def upsample_to_image(
     combined: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int], outside: float = 0.0
 ) -> NDArray[np.float32]:
-    """A map `[h, w]` over `image_box` on the pixels of the image, `[H, W]`, in its own values.
+    """A map `[h, w]` over `image_box`, interpolated on the pixels of the image: `[H, W]`.
 
     Bilinear between cell centres, constant from the outer centres to the grid's border, `outside` beyond it.
     """
     x0, y0, x1, y1 = image_box
-    columns = _between_centres(x0, x1, combined.shape[1], image_size[0])
-    rows = _between_centres(y0, y1, combined.shape[0], image_size[1])
-    heat = _blended(combined.astype(np.float32), rows, columns)
-    heat[~rows.inside] = outside
-    heat[:, ~columns.inside] = outside
+    columns = _interpolation(x0, x1, combined.shape[1], image_size[0])
+    rows = _interpolation(y0, y1, combined.shape[0], image_size[1])
+    heat = _interpolate(combined.astype(np.float32), rows, columns)
+    heat[~rows.covered] = outside
+    heat[:, ~columns.covered] = outside
     return heat
 
 
@@ -114,31 +113,30 @@ def mass_inside(
 ) -> float:
     """Share of a map's mass on the image that lies in `box`: `sum m_c |c ∩ box| / sum m_c |c ∩ image|`, 0 to 1.
 
-    The score of a grounding, of its own box, and the metric energy, of the true one. Within a cell the mass is even,
-    so a cell that the box or the image's edge cuts counts by area. What lies on the padding counts nowhere. 0 for a
-    map without mass on the image.
+    Of its own box, this is a grounding's score; of the true box, the metric `energy`. Cells that the box or the image's
+    edge cuts count by area; mass on the padding does not count. 0 for a map without mass on the image.
 
     Args:
-        mass: `[h, w]`, none below 0, over the region `image_box` of the image, in pixels.
+        mass: `[h, w]`, not negative, over the region `image_box` of the image, in pixels.
         image_size: `(W, H)`.
-        box: xyxy in pixels; cut at the image's edge.
+        box: xyxy in pixels; clipped to the image.
 
     >>> mass_inside(np.array([[3.0, 1.0]]), (0, 0, 4, 2), (4, 2), (1, 0, 4, 2))
     0.625
     """
     x_edges, y_edges = grid_edges(image_box, mass.shape)
 
-    def within(x0: float, y0: float, x1: float, y1: float) -> float:
+    def mass_in(x0: float, y0: float, x1: float, y1: float) -> float:
         return float(interval_coverage(y_edges, y0, y1) @ mass @ interval_coverage(x_edges, x0, x1))
 
-    total, inside = within(0, 0, *image_size), within(*clip_box(box, image_size))
+    total, inside = mass_in(0, 0, *image_size), mass_in(*clip_box(box, image_size))
     return min(1.0, inside / total) if total > 0 else 0.0
 
 
 def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     """`|a ∩ b| / |a ∪ b|` of boxes `[..., 4]`, broadcast against each other: float64 `[...]`.
 
-    A box whose right or bottom edge does not lie beyond the other one is empty; two empty boxes have IoU 0.
+    A box is empty unless x0 < x1 and y0 < y1; two empty boxes have IoU 0.
 
     >>> float(box_iou((0, 0, 2, 2), (1, 0, 3, 2)))
     0.3333333333333333
@@ -146,13 +144,13 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     a, b = _as_boxes(a), _as_boxes(b)
     low = np.maximum(a[..., :2], b[..., :2])
     high = np.minimum(a[..., 2:], b[..., 2:])
-    shared = np.clip(high - low, 0, None).prod(axis=-1)
-    union = _area(a) + _area(b) - shared
-    return np.asarray(shared / np.where(union > 0, union, 1.0))
+    intersection = np.clip(high - low, 0, None).prod(axis=-1)
+    union = _area(a) + _area(b) - intersection
+    return np.asarray(intersection / np.where(union > 0, union, 1.0))
 
 
 def mean_box_iou(box: Box, boxes: Sequence[Box | None]) -> float:
-    """Mean IoU of a box with those of the single heads, 0 for a head without one.
+    """Mean IoU of a box with several others, of which a missing one (None) counts 0.
 
     >>> mean_box_iou((0, 0, 2, 2), [(0, 0, 2, 2), (0, 0, 2, 1), None])
     0.5
@@ -172,7 +170,7 @@ def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def interval_coverage(edges: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
-    """The share of each interval between rising `edges` `[n + 1]` that lies in `[low, high]`: float64 `[n]`.
+    """The share of each interval between ascending `edges` `[n + 1]` that lies in `[low, high]`: float64 `[n]`.
 
     >>> interval_coverage([0, 2, 4, 6], 1, 4.5).tolist()
     [0.5, 1.0, 0.25]
@@ -182,7 +180,7 @@ def interval_coverage(edges: ArrayLike, low: float, high: float) -> NDArray[np.f
 
 
 def interval_overlaps(edges: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Length that each interval between rising `edges` `[n + 1]` shares with each between `others` `[m + 1]`: `[n, m]`.
+    """Lengths of the overlaps of the intervals between ascending `edges` `[n + 1]` and `others` `[m + 1]`: `[n, m]`.
 
     >>> interval_overlaps(np.array([0.0, 2.0, 4.0]), np.array([1.0, 1.5, 3.0])).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
@@ -195,19 +193,22 @@ def interval_overlaps(edges: NDArray[np.float64], others: NDArray[np.float64]) -
 def mask_coverage(mask: NDArray[np.bool_], image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
     """The share of each cell that a mask `[H, W]` covers: float64 `[h, w]` for a grid over `image_box`.
 
-    Pixels that a cell's edge cuts count by area; beyond the image there is no mask.
+    Pixels that a cell's edge cuts count by area; outside the image the mask is empty.
 
     >>> mask_coverage(np.array([[True, False, False, True]]), (0, 0, 4, 1), (1, 2)).tolist()
     [[0.5, 0.5]]
     """
     height, width = mask.shape
     x_edges, y_edges = grid_edges(image_box, grid)
-    columns = interval_overlaps(x_edges, np.arange(width + 1.0))  # (w, W)
-    shares = np.zeros(grid)
-    for row, weights in enumerate(interval_overlaps(y_edges, np.arange(height + 1.0))):
-        rows = np.flatnonzero(weights)  # a grid's row at a time: a large mask is never copied whole
-        shares[row] = columns @ (weights[rows] @ mask[rows].astype(np.float64))
-    return np.asarray(shares / ((x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])))
+    column_weights = interval_overlaps(x_edges, np.arange(width + 1.0))  # (w, W)
+    row_weights = interval_overlaps(y_edges, np.arange(height + 1.0))  # (h, H)
+    areas = np.zeros(grid)
+    for row, weights in enumerate(
+        row_weights
+    ):  # one row of the grid at a time: no float copy of a whole large mask
+        pixels = np.flatnonzero(weights)
+        areas[row] = column_weights @ (weights[pixels] @ mask[pixels].astype(np.float64))
+    return np.asarray(areas / ((x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])))
 
 
 def box_coverage(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
@@ -231,7 +232,7 @@ def visible_edges(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Borders of the grid's columns `[w + 1]` and rows `[h + 1]` in pixels, clipped to the image.
 
-    A cell outside the image has no extent left.
+    Cells outside the image have an extent of 0.
 
     >>> x_edges, y_edges = visible_edges((-2, 0, 6, 4), (4, 4), (2, 4))  # padded on both sides
     >>> x_edges.tolist(), y_edges.tolist()
@@ -242,30 +243,33 @@ def visible_edges(
 
 
 def visible_cells(x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """The cells that show some of the image: bool `[h, w]`."""
+    """The cells that show some of the image: bool `[h, w]`, from `visible_edges`."""
     return np.logical_and.outer(np.diff(y_edges) > SLIVER, np.diff(x_edges) > SLIVER)
 
 
-class _Between(NamedTuple):
-    """For each pixel centre: the cells on either side, how far it is between them, and if the grid has it."""
+class _Interpolation(NamedTuple):
+    """For each pixel centre: the two neighbouring cells, its position between them, and if the grid covers it."""
 
     lower: NDArray[np.intp]
     upper: NDArray[np.intp]
     share: NDArray[np.float32]
-    inside: NDArray[np.bool_]
+    covered: NDArray[np.bool_]
 
 
-def _between_centres(start: float, stop: float, cells: int, pixels: int, parts: int = 1) -> _Between:
-    """Between the cells from `start` to `stop`, for the centres of `pixels` pixels of `parts` parts each."""
+def _interpolation(start: float, stop: float, cells: int, pixels: int, parts: int = 1) -> _Interpolation:
+    """Along one axis, for `cells` from `start` to `stop` and for `pixels` pixels, each split into `parts`."""
     centres = (np.arange(pixels * parts) + 0.5) / parts
-    place = np.clip((centres - start) * cells / (stop - start) - 0.5, 0, cells - 1)
-    lower = place.astype(np.intp)
+    position = np.clip((centres - start) * cells / (stop - start) - 0.5, 0, cells - 1)
+    lower = position.astype(np.intp)
     upper = np.minimum(lower + 1, cells - 1)
-    return _Between(lower, upper, (place - lower).astype(np.float32), (start <= centres) & (centres <= stop))
+    covered = (start <= centres) & (centres <= stop)
+    return _Interpolation(lower, upper, (position - lower).astype(np.float32), covered)
 
 
-def _blended(cells: NDArray[np.floating[Any]], rows: _Between, columns: _Between) -> NDArray[Any]:
-    """Bilinear values of maps `[..., h, w]` at the crossings of rows and columns, in the type of the maps."""
+def _interpolate(
+    cells: NDArray[np.floating[Any]], rows: _Interpolation, columns: _Interpolation
+) -> NDArray[Any]:
+    """Maps `[..., h, w]` interpolated bilinearly at the crossings of rows and columns: `[..., H, W]`, same dtype."""
     above, below = cells[..., rows.lower, :], cells[..., rows.upper, :]
     lines = above + rows.share[:, None] * (below - above)  # (..., H, w)
     left, right = lines[..., columns.lower], lines[..., columns.upper]

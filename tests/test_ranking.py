@@ -309,7 +309,7 @@ class TestOrder:
             finite=np.zeros((3, 1, 2)),
             kept=np.ones((3, 1, 2), bool),
         )
-        _, heads = ranking_module._ranked(trials, trials, ALL)
+        _, heads = ranking_module._ranked_heads(trials, trials, ALL)
         assert [head.head for head in heads] == [1, 0]
         assert heads[0].selection_frequency == heads[1].selection_frequency
 

@@ -313,8 +313,8 @@ class TestSam:
 
     def test_proposals_are_the_masks_of_a_grid_of_points(self, sam, monkeypatch):
         """Against each point by itself, in order; those that the model scores low, and repetitions, are left out."""
-        monkeypatch.setattr(sams, "GRID", 3)
-        monkeypatch.setattr(sams, "SURE", -np.inf)
+        monkeypatch.setattr(sams, "GRID_SIZE", 3)
+        monkeypatch.setattr(sams, "MIN_PREDICTED_IOU", -np.inf)
         image = noise(400, 300)
         frame = sam.frame(image.size)
         expected, scores = [], []
@@ -336,9 +336,9 @@ class TestSam:
         assert (
             len(found) == pytest.approx(len(different), abs=1) and min(close) > 0.999
         )  # batches round differently
-        monkeypatch.setattr(sams, "SURE", np.median(scores))
+        monkeypatch.setattr(sams, "MIN_PREDICTED_IOU", np.median(scores))
         assert 0 < len(sam.propose(image)) < len(found)
-        monkeypatch.setattr(sams, "SURE", np.inf)
+        monkeypatch.setattr(sams, "MIN_PREDICTED_IOU", np.inf)
         assert sam.propose(image).shape == (0, 192, 256)
 
     def test_an_image_is_encoded_once(self, sam, monkeypatch):
@@ -482,9 +482,9 @@ class TestGrabCut:
         assert mask.shape == (3000, 4000)
         assert iou(mask, truth) > 0.93
 
-    def test_first_guess_by_hand(self):
+    def test_initial_labels_by_hand(self):
         heat = np.array([[9.0, 9, 9, 9], [9, 0, 2, 9], [9, 1, 0, 9]])
-        labels = grabcut.first_guess(heat, (1, 1, 3, 3))
+        labels = grabcut.initial_labels(heat, (1, 1, 3, 3))
         assert labels.tolist() == [[0, 0, 0, 0], [0, 2, 3, 0], [0, 2, 2, 0]]  # above 1, the middle of 0 and 2
 
     def test_the_piece_that_the_map_points_at_is_kept(self):

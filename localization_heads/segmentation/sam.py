@@ -1,4 +1,4 @@
-"""The families of SAMs that transformers knows, and how their checkpoints are read."""
+"""Segment Anything models (SAM, SAM 2, SAM 3) from transformers, prompted by box, by points and by the map itself."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ HALF: Colours = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one generation of SAM from the next.
+    """What differs between the generations of SAM.
 
     Args:
         kind: the value of `segmenter.kind`.
         model_class: in transformers.
-        model_types: of the checkpoints that it reads.
-        squashes: whether images are squashed to a square; else they are padded right or below.
-        mean, std: of the colours, where the checkpoint's folder does not say.
+        model_types: of the checkpoints that it loads.
+        squashes: whether images are squashed to a square; else they are padded at the right or the bottom.
+        mean, std: of the colours, if the checkpoint does not state them.
     """
 
     kind: str
@@ -65,7 +65,7 @@ FAMILIES = {
     family.kind: family
     for family in (
         Family("sam", "SamModel", ("sam",), squashes=False),
-        # the video checkpoints hold the image model, and so do SAM 3's
+        # video checkpoints contain the image model, and so do those of SAM 3
         Family("sam2", "Sam2Model", ("sam2", "sam2_video"), squashes=True),
         Family(
             "sam3",
@@ -79,70 +79,15 @@ FAMILIES = {
 }
 
 
-def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
-    """The model in float32 on the CPU, and the mean and deviation of its colours.
-
-    Raises:
-        UsageError: no such folder, a folder that holds no model, or a model of another family.
-        WorkError: the checkpoint cannot be had from the hub, or cannot be read, or lacks weights.
-    """
-    import transformers
-
-    shown = f"segmenter.name={name}"
-    source = resolve_source(name, shown, "segmenter=grabcut needs no weights")
-    settings: dict[str, Any] = {
-        "local_files_only": reads_local_files_only(source),
-        "trust_remote_code": False,
-    }
-    with checkpoint_errors(source, shown, "segmenter=grabcut, or segmenter.name=/path/to/folder"):
-        check_counts(raw_config(source, **settings), shown)
-        config = transformers.AutoConfig.from_pretrained(source, **settings)
-        found = config.model_type
-        if found not in family.model_types:
-            raise UsageError(f"{shown}: it is a {found}, not a {family.kind}{_meant(found)}")
-        check_size(config.to_dict(), weights_in(checkpoint_folder(source)), shown)
-        kind = getattr(transformers, family.model_class)
-        model, info = kind.from_pretrained(source, output_loading_info=True, dtype="float32", **settings)
-    if missing := sorted(info["missing_keys"]):
-        raise WorkError(
-            f"segmenter.name={name}: its checkpoint lacks {len(missing)} tensors, such as {missing[0]}"
-        )
-    return model, *_colours(family, source, settings)
-
-
-def _meant(found: str) -> str:
-    """The choice that takes such a model."""
-    fitting = [kind for kind, family in FAMILIES.items() if found in family.model_types]
-    return f"; write segmenter={fitting[0]}" if fitting else ""
-
-
-def _colours(family: Family, source: str, settings: dict[str, Any]) -> tuple[Colours, Colours]:
-    """The checkpoint's mean and deviation, or its family's where it does not say."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        facts, _ = ImageProcessingMixin.get_image_processor_dict(
-            source, local_files_only=settings["local_files_only"]
-        )
-    except (OSError, ValueError) as error:
-        logging.getLogger(__name__).debug("%s: no preprocessor_config.json (%s)", source, error)
-        return family.mean, family.std
-    return _three(facts.get("image_mean"), family.mean), _three(facts.get("image_std"), family.std)
-
-
-def _three(values: Any, default: Colours) -> Colours:
-    """Three positive numbers, or else the default."""
-    try:
-        red, green, blue = (float(value) for value in values)
-    except (TypeError, ValueError):
-        return default
-    return (red, green, blue) if min(red, green, blue) > 0 else default
-
-
 FOREGROUND, BACKGROUND = 1, 0
-"""Labels of points, as all SAMs were trained with."""
-ENCODED_IMAGES = 4
-"""Images whose embeddings are kept: 4 MB each for SAM, about 17 MB for SAM 2."""
+"""Labels of point prompts, as in the training of all SAMs."""
+CACHED_IMAGES = 4
+"""Images whose embeddings are cached: 4 MB each for SAM, about 17 MB for SAM 2."""
+GRID_SIZE = 16
+"""Point prompts per side for proposals; half as many as SAM's automatic mask generator has."""
+MIN_PREDICTED_IOU = 0.7
+"""Predicted IoU from which on a mask is proposed. Below the .88 of SAM's automatic mask generator, as the map makes the
+selection. Not tuned, as no weights were available."""
 
 
 def load_sam(options: SegmenterOptions) -> Sam:
@@ -162,13 +107,6 @@ def load_sam(options: SegmenterOptions) -> Sam:
         multimask=options.multimask,
         points=options.points,
     )
-
-
-GRID = 16
-"""Points across and down that proposals start from; half as many as SAM's own generator of masks has."""
-SURE = 0.7
-"""The IoU that a SAM predicts for its mask from which on it is proposed: less than SAM's own .88, for the map decides.
-Not tuned, as no weights were at hand."""
 
 
 @dataclass(eq=False)
@@ -197,15 +135,15 @@ class Sam:
 
     @property
     def side(self) -> int:
-        """Of the square that the model sees, in its pixels."""
+        """Side of the model's square input, in pixels."""
         encoder = self.model.prompt_encoder
         size = encoder.input_image_size
         return int(size if isinstance(size, int) else size[0])
 
     def frame(self, image_size: tuple[int, int]) -> Frame:
-        """Where an image lies in that square."""
-        make = Frame.squashed if self.family.squashes else Frame.padded
-        return make(image_size, self.side)
+        """How an image of this size is fitted into the square input."""
+        fit = Frame.squashed if self.family.squashes else Frame.padded
+        return fit(image_size, self.side)
 
     @torch.inference_mode()
     def segment(self, image: Image.Image, grounding: Grounding) -> NDArray[np.bool_]:
@@ -222,62 +160,62 @@ class Sam:
 
     @torch.inference_mode()
     def propose(self, image: Image.Image) -> NDArray[np.bool_]:
-        """Masks of what the image shows, bool `[n, h, w]`: of each point of a grid the three that the model gives.
+        """Masks of the objects in the image, bool `[n, h, w]`: the model's three masks for each point of a grid.
 
-        Those that the model itself scores below `SURE` are left out, and masks that are equal.
+        Masks with a predicted IoU below `MIN_PREDICTED_IOU` and duplicates are left out.
         """
         frame, size = self.frame(image.size), proposal_size(image.size)
-        drawn, encoded = replace(frame, image_size=size), self.encode(image)
-        found: dict[bytes, NDArray[np.bool_]] = {}
-        for points in np.split(_grid(frame.inner), GRID):
+        small_frame, embeddings = replace(frame, image_size=size), self.encode(image)
+        masks: dict[bytes, NDArray[np.bool_]] = {}
+        for points in np.split(_grid_points(frame.inner), GRID_SIZE):
             output = self.model(
-                image_embeddings=encoded,
+                image_embeddings=embeddings,
                 multimask_output=True,
                 input_points=self._tensor(points[None, :, None]),  # (image, object, point, 2)
-                input_labels=self._tensor(np.full((1, GRID, 1), FOREGROUND, dtype=np.int32)),
+                input_labels=self._tensor(np.full((1, GRID_SIZE, 1), FOREGROUND, dtype=np.int32)),
             )
-            for logits in output.pred_masks[0][output.iou_scores[0] >= SURE]:
-                mask = on_image(logits.float(), drawn).cpu().numpy()
+            for logits in output.pred_masks[0][output.iou_scores[0] >= MIN_PREDICTED_IOU]:
+                mask = on_image(logits.float(), small_frame).cpu().numpy()
                 if mask.any():
-                    found.setdefault(np.packbits(mask).tobytes(), mask)
-        return np.array([*found.values()], dtype=bool).reshape(-1, size[1], size[0])
+                    masks.setdefault(np.packbits(mask).tobytes(), mask)
+        return np.array([*masks.values()], dtype=bool).reshape(-1, size[1], size[0])
 
     def prompts(self, grounding: Grounding, frame: Frame) -> dict[str, torch.Tensor]:
-        """The model's arguments: box and points in pixels of its square, the map as logits."""
-        across, down = frame.scale
-        told: dict[str, Any] = {}
+        """The model's prompt arguments: box and points in pixels of its square input, the map as logits."""
+        x_scale, y_scale = frame.scale
+        prompts: dict[str, Any] = {}
         if "box" in self.prompt:
-            told["input_boxes"] = np.array(grounding.box) * (across, down, across, down)
-            told["input_boxes"] = told["input_boxes"][None, None]  # (image, object, 4)
+            box = np.array(grounding.box) * (x_scale, y_scale, x_scale, y_scale)
+            prompts["input_boxes"] = box[None, None]  # (image, object, 4)
         if "points" in self.prompt:
-            inner = interior_points(grounding, self.num_points)
-            outer = background_points(grounding, self.num_points) if self.points == "signed" else []
-            points = np.array(inner + outer) * (across, down)
-            told["input_points"] = points[None, None]  # (image, object, point, 2)
-            labels = np.array([FOREGROUND] * len(inner) + [BACKGROUND] * len(outer), dtype=np.int32)
-            told["input_labels"] = labels[None, None]
+            foreground = interior_points(grounding, self.num_points)
+            background = background_points(grounding, self.num_points) if self.points == "signed" else []
+            points = np.array(foreground + background) * (x_scale, y_scale)
+            prompts["input_points"] = points[None, None]  # (image, object, point, 2)
+            labels = np.array([FOREGROUND] * len(foreground) + [BACKGROUND] * len(background), dtype=np.int32)
+            prompts["input_labels"] = labels[None, None]
         if "map" in self.prompt:
             side = 4 * self.model.prompt_encoder.image_embedding_size[0]
-            told["input_masks"] = map_logits(grounding, frame, side)[None, None]
-        return {name: self._tensor(value) for name, value in told.items()}
+            prompts["input_masks"] = map_logits(grounding, frame, side)[None, None]
+        return {name: self._tensor(value) for name, value in prompts.items()}
 
     def _tensor(self, value: NDArray[Any]) -> torch.Tensor:
-        kind = torch.int32 if value.dtype.kind == "i" else self.model.dtype
-        return torch.from_numpy(value).to(self.model.device, kind)
+        dtype = torch.int32 if value.dtype.kind == "i" else self.model.dtype
+        return torch.from_numpy(value).to(self.model.device, dtype)
 
     def encode(self, image: Image.Image) -> Any:
-        """The image's embeddings; those of the last few images are kept."""
+        """The image's embeddings, from a cache of the last few images."""
         key = hashlib.blake2b(image.tobytes(), person=f"{image.width}x{image.height}".encode()[:16]).digest()
         if key not in self._encoded:
             pixels = self._tensor(self.pixel_values(image))
             self._encoded[key] = self.model.get_image_embeddings(pixels)
-            if len(self._encoded) > ENCODED_IMAGES:
+            if len(self._encoded) > CACHED_IMAGES:
                 self._encoded.popitem(last=False)
         self._encoded.move_to_end(key)
         return self._encoded[key]
 
     def pixel_values(self, image: Image.Image) -> NDArray[np.float32]:
-        """The image as the encoder takes it, `[1, 3, side, side]`; padding is 0 after normalising, as SAM's."""
+        """The image as the encoder's input, `[1, 3, side, side]`; padding is 0 after normalisation, as in SAM."""
         from PIL.Image import Resampling
 
         width, height = self.frame(image.size).inner
@@ -288,24 +226,88 @@ class Sam:
         return square
 
 
-def _grid(inner: tuple[int, int]) -> NDArray[np.float64]:
-    """The centres of `GRID` x `GRID` parts of `(width, height)` pixels, row by row: `[GRID * GRID, 2]`."""
-    middles = (np.arange(GRID) + 0.5) / GRID
-    x, y = np.meshgrid(middles * inner[0], middles * inner[1])
+def _grid_points(inner: tuple[int, int]) -> NDArray[np.float64]:
+    """The centres of a grid of parts of `(width, height)` pixels, row by row: `[GRID_SIZE * GRID_SIZE, 2]`."""
+    centres = (np.arange(GRID_SIZE) + 0.5) / GRID_SIZE
+    x, y = np.meshgrid(centres * inner[0], centres * inner[1])
     return np.stack([x.ravel(), y.ravel()], axis=-1)
 
 
 def on_image(logits: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """A mask of the whole square, logits `[h, w]`, on the pixels of the image: bool `[H, W]`.
+    """Mask logits `[h, w]` of the whole square, as a mask on the pixels of the image: bool `[H, W]`.
 
-    As the families' processors do it: SAM's goes through the square, whose padding it cuts off.
+    As in the families' processors: SAM's resizes to the square first and cuts off its padding.
     """
     W, H = frame.image_size
     masks = logits[None, None]
     if not frame.squashes:
-        masks = _resized(masks, (frame.side, frame.side))[..., : frame.inner[1], : frame.inner[0]]
-    return _resized(masks, (H, W))[0, 0] > 0
+        masks = _resize(masks, (frame.side, frame.side))[..., : frame.inner[1], : frame.inner[0]]
+    return _resize(masks, (H, W))[0, 0] > 0
 
 
-def _resized(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _resize(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(masks, size, mode="bilinear", align_corners=False)
+
+
+def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
+    """The model in float32 on the CPU, and the mean and standard deviation of its colours.
+
+    Raises:
+        UsageError: no such folder, a folder without a model, or a model of another family.
+        WorkError: the checkpoint cannot be downloaded or read, or lacks weights.
+    """
+    import transformers
+
+    shown = f"segmenter.name={name}"
+    source = resolve_source(name, shown, "segmenter=grabcut needs no weights")
+    settings: dict[str, Any] = {
+        "local_files_only": reads_local_files_only(source),
+        "trust_remote_code": False,
+    }
+    with checkpoint_errors(source, shown, "segmenter=grabcut, or segmenter.name=/path/to/folder"):
+        check_counts(raw_config(source, **settings), shown)
+        config = transformers.AutoConfig.from_pretrained(source, **settings)
+        model_type = config.model_type
+        if model_type not in family.model_types:
+            raise UsageError(f"{shown}: it is a {model_type}, not a {family.kind}{_suggestion(model_type)}")
+        check_size(config.to_dict(), weights_in(checkpoint_folder(source)), shown)
+        model_class = getattr(transformers, family.model_class)
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, dtype="float32", **settings
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise WorkError(
+            f"segmenter.name={name}: its checkpoint lacks {len(missing)} tensors, such as {missing[0]}"
+        )
+    return model, *_colour_statistics(family, source, settings)
+
+
+def _suggestion(model_type: str) -> str:
+    """The option that loads a model of this type."""
+    kinds = [kind for kind, family in FAMILIES.items() if model_type in family.model_types]
+    return f"; write segmenter={kinds[0]}" if kinds else ""
+
+
+def _colour_statistics(family: Family, source: str, settings: dict[str, Any]) -> tuple[Colours, Colours]:
+    """The checkpoint's mean and standard deviation, or its family's if it has no preprocessor_config.json."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(
+            source, local_files_only=settings["local_files_only"]
+        )
+    except (OSError, ValueError) as error:
+        logging.getLogger(__name__).debug("%s: no preprocessor_config.json (%s)", source, error)
+        return family.mean, family.std
+    return _as_colours(config.get("image_mean"), family.mean), _as_colours(
+        config.get("image_std"), family.std
+    )
+
+
+def _as_colours(values: Any, default: Colours) -> Colours:
+    """The values if they are three positive numbers, else the default."""
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError):
+        return default
+    return (red, green, blue) if min(red, green, blue) > 0 else default

@@ -1,4 +1,4 @@
-"""Which segmenter, and what it is told: the options of `segmenter=`, and the object they stand for."""
+"""What a segmenter is, how its prompts are made from box and map, and how its mask refines a grounding."""
 
 from __future__ import annotations
 
@@ -27,19 +27,39 @@ GRABCUT = SegmenterOptions()
 """The default: offline, without weights."""
 
 
+class Segmenter(Protocol):
+    """Makes a mask for a grounding. `name` identifies it in outputs."""
+
+    @property
+    def name(self) -> str: ...
+
+    def segment(self, image: Image.Image, grounding: Grounding) -> NDArray[np.bool_]:
+        """The mask, bool `[H, W]`, of the grounded object; empty if it finds none."""
+        ...
+
+
+@runtime_checkable
+class Proposer(Segmenter, Protocol):
+    """A segmenter that also proposes all objects of an image, without a prompt (`instances_by=segmenter`)."""
+
+    def propose(self, image: Image.Image) -> NDArray[np.bool_]:
+        """Masks of the objects in the image, bool `[n, h, w]`, of size `proposal_size`; n may be 0."""
+        ...
+
+
 LOGIT = 10.0
-"""Mask prompts reach from minus to plus this: SAM's own masks, which it learned to take back, have about that range."""
+"""Range of mask prompts: SAM's own mask logits, which it was trained to take as prompts, are about -10 to 10."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the image lies in the square that a segmenter sees.
+    """How an image is fitted into the square input of a segmenter.
 
     Args:
         image_size: `(W, H)` of the original image.
         side: of the square, in its pixels.
         inner: `(width, height)` of the image in the square, from its top left corner; the rest is padding.
-        squashes: whether the image fills the square whatever its shape.
+        squashes: whether the image fills the square, whatever its aspect ratio.
     """
 
     image_size: tuple[int, int]
@@ -49,56 +69,56 @@ class Frame:
 
     @classmethod
     def padded(cls, image_size: tuple[int, int], side: int) -> Frame:
-        """The long side fills the square, right or below is padding (SAM)."""
+        """The longer side fills the square, with padding at the right or the bottom (SAM)."""
         scale = side / max(image_size)
         width, height = (max(1, int(length * scale + 0.5)) for length in image_size)
         return cls(image_size, side, (width, height))
 
     @classmethod
     def squashed(cls, image_size: tuple[int, int], side: int) -> Frame:
-        """The image fills the square, whatever its shape (SAM 2 and 3)."""
+        """The image fills the square, whatever its aspect ratio (SAM 2 and 3)."""
         return cls(image_size, side, (side, side), squashes=True)
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Pixels of the square for a pixel of the image, across and down."""
+        """Pixels of the square per pixel of the image, horizontally and vertically."""
         (width, height), (W, H) = self.inner, self.image_size
         return width / W, height / H
 
 
 def interior_points(grounding: Grounding, count: int) -> list[Point]:
-    """At most `count` points (x, y), in pixels, inside what the map points at: compact, spread, away from its border.
+    """At most `count` points (x, y), in pixels, spread over the inside of the object's cells.
 
-    Only cells at least half as deep inside the region as its deepest one are taken. The deepest comes first, then
-    always the cell farthest from all before; ties go to the stronger cell, then row by row. Depth is the distance,
-    in pixels, to the nearest cell that does not belong (the image's border counts as one). A point is the centre
-    of what its cell shows of the image; none where no cell stands out.
+    The depth of a cell is its distance, in pixels, to the nearest cell outside the object or the grid. Only cells at
+    least half as deep as the deepest are used. The deepest comes first, then repeatedly the one farthest from all
+    chosen ones; ties go to the stronger cell, then in row-major order. A point is the centre of the visible part of
+    its cell. Empty if there is no positive cell.
     """
     cells = grounding.cells
     if not cells.any():
         return []
-    centres = np.stack(np.meshgrid(*map(_middles, grounding.edges)), axis=-1)  # (h, w, 2)
+    centres = np.stack(np.meshgrid(*map(_centres, grounding.edges)), axis=-1)  # (h, w, 2)
     depth = _depth(cells, grounding)
     core = np.argwhere(cells & (depth >= depth.max() / 2))
-    places = centres[core[:, 0], core[:, 1]]
+    points = centres[core[:, 0], core[:, 1]]
     strength = grounding.combined[core[:, 0], core[:, 1]]
-    chosen = [_best(depth[core[:, 0], core[:, 1]], strength)]
+    chosen = [_argmax(depth[core[:, 0], core[:, 1]], strength)]
     while len(chosen) < min(count, len(core)):
-        gaps = np.linalg.norm(places[:, None] - places[chosen], axis=-1).min(axis=1)
-        chosen.append(_best(gaps, strength))
-    return [(float(x), float(y)) for x, y in places[chosen]]
+        distance = np.linalg.norm(points[:, None] - points[chosen], axis=-1).min(axis=1)
+        chosen.append(_argmax(distance, strength))
+    return [(float(x), float(y)) for x, y in points[chosen]]
 
 
 def background_points(grounding: Grounding, count: int) -> list[Point]:
-    """At most `count` points (x, y), in pixels, inside the box but where the map is lowest: not on the object.
+    """At most `count` points (x, y), in pixels, inside the box where the map is lowest: not on the object.
 
-    Centres of what the cells show of the image, the lowest first, of equal ones row by row. Cells that the box encloses
-    as the object's are never taken; none where no other cell has its centre in the box, or no cell stands out.
+    These are centres of the visible parts of cells, by ascending value, ties in row-major order. The object's own cells
+    are never used; empty if no other cell has its centre in the box, or there is no positive cell.
     """
     cells = grounding.cells
     if not cells.any():
         return []
-    x, y = map(_middles, grounding.edges)
+    x, y = map(_centres, grounding.edges)
     x0, y0, x1, y1 = grounding.box
     inside = np.logical_and.outer((y0 <= y) & (y < y1), (x0 <= x) & (x < x1))
     rows, columns = np.nonzero(inside & visible_cells(*grounding.edges) & ~cells)
@@ -109,81 +129,61 @@ def background_points(grounding: Grounding, count: int) -> list[Point]:
 def map_logits(grounding: Grounding, frame: Frame, side: int) -> NDArray[np.float32]:
     """The combined map as a mask prompt: logits `[side, side]` over the whole square of the frame.
 
-    0 at the value above which a cell is active, `LOGIT` at the map's maximum on the image, `-LOGIT` at its minimum
-    and wherever the square or the grid shows no image; bilinear between the cells' centres.
+    0 at the threshold, `LOGIT` at the map's maximum on the image, `-LOGIT` at its minimum and where the square shows no
+    image or the grid does not cover it; bilinear between cell centres.
     """
-    shrink = side / frame.side
-    (across, down), (x0, y0, x1, y1) = frame.scale, grounding.image_box
-    x, y = across * shrink, down * shrink
-    values = _logits(grounding)
-    logits = upsample_to_image(values, (x0 * x, y0 * y, x1 * x, y1 * y), (side, side), outside=-LOGIT)
-    middles = np.arange(side) + 0.5
-    logits[middles > frame.inner[1] * shrink] = -LOGIT
-    logits[:, middles > frame.inner[0] * shrink] = -LOGIT
+    scale = side / frame.side
+    (x_scale, y_scale), (x0, y0, x1, y1) = frame.scale, grounding.image_box
+    x, y = x_scale * scale, y_scale * scale
+    grid_box = (x0 * x, y0 * y, x1 * x, y1 * y)
+    logits = upsample_to_image(_cell_logits(grounding), grid_box, (side, side), outside=-LOGIT)
+    centres = np.arange(side) + 0.5
+    logits[centres > frame.inner[1] * scale] = -LOGIT
+    logits[:, centres > frame.inner[0] * scale] = -LOGIT
     return logits
 
 
-def _logits(grounding: Grounding) -> NDArray[np.float64]:
-    """The combined map `[h, w]` in two straight pieces: minimum, threshold and maximum on the image to -, 0 and +."""
-    shown = grounding.combined[visible_cells(*grounding.edges)]
-    level = min(grounding.threshold, float(shown.max()))
-    above = (grounding.combined - level) / max(float(shown.max()) - level, np.finfo(float).tiny)
-    below = (grounding.combined - level) / max(level - float(shown.min()), np.finfo(float).tiny)
+def _cell_logits(grounding: Grounding) -> NDArray[np.float64]:
+    """The combined map `[h, w]`, piecewise linearly scaled: minimum to -LOGIT, threshold to 0, maximum to LOGIT."""
+    visible = grounding.combined[visible_cells(*grounding.edges)]
+    level = min(grounding.threshold, float(visible.max()))
+    above = (grounding.combined - level) / max(float(visible.max()) - level, np.finfo(float).tiny)
+    below = (grounding.combined - level) / max(level - float(visible.min()), np.finfo(float).tiny)
     return np.asarray(LOGIT * np.clip(np.where(grounding.combined > level, above, below), -1, 1))
 
 
 def _depth(cells: NDArray[np.bool_], grounding: Grounding) -> NDArray[np.float64]:
-    """Pixels from each cell's centre to the centre of the nearest one outside the region, `[h, w]`."""
+    """Distance, in pixels, of each cell to the nearest cell outside the object or the grid: `[h, w]`."""
     x0, y0, x1, y1 = grounding.image_box
-    cell = (y1 - y0) / cells.shape[0], (x1 - x0) / cells.shape[1]
-    return np.asarray(ndimage.distance_transform_edt(np.pad(cells, 1), sampling=cell))[1:-1, 1:-1]
+    cell_size = (y1 - y0) / cells.shape[0], (x1 - x0) / cells.shape[1]
+    return np.asarray(ndimage.distance_transform_edt(np.pad(cells, 1), sampling=cell_size))[1:-1, 1:-1]
 
 
-def _best(values: NDArray[np.float64], strength: NDArray[np.float64]) -> int:
-    """Index of the largest value; of those that differ by rounding only, the strongest, then the first."""
+def _argmax(values: NDArray[np.float64], strength: NDArray[np.float64]) -> int:
+    """Index of the largest value; among those that differ by rounding only, of the strongest, then of the first."""
     ties = values >= values.max() * (1 - 1e-9)
     return int(np.argmax(np.where(ties, strength, -np.inf)))
 
 
-def _middles(edges: NDArray[np.float64]) -> NDArray[np.float64]:
+def _centres(edges: NDArray[np.float64]) -> NDArray[np.float64]:
     return (edges[:-1] + edges[1:]) / 2
 
 
-class Segmenter(Protocol):
-    """Makes masks of groundings. `name` is what outputs call it."""
-
-    @property
-    def name(self) -> str: ...
-
-    def segment(self, image: Image.Image, grounding: Grounding) -> NDArray[np.bool_]:
-        """The mask, bool `[H, W]`, of what the grounding points at; empty if it finds nothing."""
-        ...
-
-
-@runtime_checkable
-class Proposer(Segmenter, Protocol):
-    """A segmenter that also says what there may be, whatever is asked for (`instances_by=segmenter`)."""
-
-    def propose(self, image: Image.Image) -> NDArray[np.bool_]:
-        """Masks of what the image shows, bool `[n, h, w]`, at the size that `proposal_size` says; n may be 0."""
-        ...
-
-
-PROPOSED_SIDE = 256  # pixels
+PROPOSAL_SIDE = 256  # pixels
 
 
 def proposal_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    """`(w, h)` of the masks that are proposed for an image of `(W, H)`, so that hundreds of them take little memory.
+    """`(w, h)` of proposed masks for an image of `(W, H)`: small, so that hundreds of them take little memory.
 
     >>> proposal_size((4000, 10)), proposal_size((100, 50))
     ((256, 1), (100, 50))
     """
-    shrink = min(1.0, PROPOSED_SIDE / max(image_size))
-    return max(1, round(image_size[0] * shrink)), max(1, round(image_size[1] * shrink))
+    scale = min(1.0, PROPOSAL_SIDE / max(image_size))
+    return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
 
 
 def checked_proposals(segmenter: Proposer, image: Image.Image) -> NDArray[np.bool_]:
-    """`Proposer.propose`. ArgumentError, which names the segmenter, where it gives no masks: it may be anybody's."""
+    """`Proposer.propose`, checked: ArgumentError, naming the segmenter, if a user's segmenter returns no masks."""
     masks = np.asarray(segmenter.propose(image))
     if masks.ndim != 3 or masks.dtype != bool:
         found = f"{masks.dtype} {list(masks.shape)}"
@@ -191,10 +191,10 @@ def checked_proposals(segmenter: Proposer, image: Image.Image) -> NDArray[np.boo
     return masks
 
 
-WIDER = 2
-"""Cells by which `box_from="refined"` widens the map's box on each side before the segmenter starts."""
-AGREE = 0.6
-"""IoU with the map's box from which on `box_from="refined"` keeps the box of the mask."""
+REFINE_MARGIN = 2
+"""Cells by which `box_from="refined"` widens the map's box on each side to prompt the segmenter."""
+MIN_REFINED_IOU = 0.6
+"""IoU with the map's box from which on `box_from="refined"` takes the box of the mask."""
 
 
 def refine(
@@ -207,11 +207,14 @@ def refine(
 ) -> Grounding:
     """The grounding with the segmenter's mask in place of the pseudo-mask.
 
-    With `box_from="mask"` the box becomes the mask's tight box, and the score the map's mass inside that. With
-    `"refined"` the segmenter starts from a box `WIDER` cells wider, so that a map's box that is too tight does not
-    bound it; mask and box are kept where the box overlaps the map's by `AGREE` or more, and are the map's otherwise.
-    Nothing changes without a segmenter or an image, where no cell stands out (there is nothing to prompt with), or
-    where the segmenter finds nothing; the last is said in the log, with the `name` of the entry.
+    With `box_from="mask"` the box becomes the mask's tight box, and the score the map's mass in it. With `"refined"`
+    the segmenter is prompted with a wider box (`REFINE_MARGIN`), so that a map's box that is too tight does not limit
+    it; mask and box are taken if the box has an IoU of at least `MIN_REFINED_IOU` with the map's, else both stay the
+    map's. The grounding is returned as it is without a segmenter, an image or a positive cell to prompt with, and with
+    a warning if the image has another size or the segmenter finds nothing.
+
+    Args:
+        name: of the entry, for the warnings.
     """
     entry = f"{name}: " if name else ""
     if segmenter is None or image is None or not grounding.cells.any():
@@ -221,28 +224,28 @@ def refine(
             "%sthe image is no longer the one that the maps are of: the mask is that of the map", entry
         )
         return grounding
-    start = replace(grounding, box=_wider(grounding)) if box_from == "refined" else grounding
-    mask = segmenter.segment(image, start)
+    prompt = replace(grounding, box=_widened_box(grounding)) if box_from == "refined" else grounding
+    mask = segmenter.segment(image, prompt)
     box = tight_box(mask)
     if box is None:
         log.warning(
             "%ssegmenter=%s finds nothing in the box %s: the mask is that of the map",
             entry,
             segmenter.name,
-            [round(x) for x in start.box],
+            [round(x) for x in prompt.box],
         )
         return grounding if box_from == "map" else replace(grounding, mask_overlap=0.0)
     if box_from == "map":
         return replace(grounding, refined=mask, mask_from=segmenter.name)
     overlap = float(box_iou(box, grounding.box))
-    if box_from == "refined" and overlap < AGREE:
+    if box_from == "refined" and overlap < MIN_REFINED_IOU:
         return replace(grounding, mask_overlap=overlap)
     return replace(grounding.with_box(box), refined=mask, mask_from=segmenter.name, mask_overlap=overlap)
 
 
-def _wider(grounding: Grounding) -> Box:
-    """The box with `WIDER` cells more on each side, cut at the image's edge."""
+def _widened_box(grounding: Grounding) -> Box:
+    """The box with a margin of `REFINE_MARGIN` cells on each side, clipped to the image."""
     (left, top, right, bottom), (h, w) = grounding.image_box, grounding.cells.shape
-    across, down = WIDER * (right - left) / w, WIDER * (bottom - top) / h
+    x_margin, y_margin = REFINE_MARGIN * (right - left) / w, REFINE_MARGIN * (bottom - top) / h
     x0, y0, x1, y1 = grounding.box
-    return clip_box((x0 - across, y0 - down, x1 + across, y1 + down), grounding.image_size)
+    return clip_box((x0 - x_margin, y0 - y_margin, x1 + x_margin, y1 + y_margin), grounding.image_size)
