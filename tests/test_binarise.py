@@ -1,4 +1,4 @@
-"""Which cells count: the three thresholds by hand, and against trying every split or every set."""
+"""The three thresholds by hand, and against trying every split or every set; upsampling; the score of a box."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from localization_heads.options.groups import GroundingOptions
 
 
 class TestOtsu:
-    def test_by_hand(self):
-        # {1,1,2} | {8,9}: 3*2*(8.5-4/3)^2 = 308.2; {1,1} | {2,8,9}: 2*3*(19/3-1)^2 = 170.7; {1,1,2,8} | {9}: 4*1*36
-        assert otsu(np.array([9.0, 1, 8, 2, 1])) == 2.0
-
-    def test_equal_values_have_no_split(self):
-        assert otsu(np.full((3, 4), 0.1)) == np.inf
-        assert otsu(np.array([])) == np.inf
-
-    def test_of_equal_splits_the_lowest(self):
-        assert otsu(np.array([0.0, 1, 2])) == 0.0  # 1*2*(1.5)^2 = 2*1*(1.5)^2
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            # {1,1,2} | {8,9}: 3*2*(8.5-4/3)^2 = 308.2; {1,1} | {2,8,9}: 2*3*(19/3-1)^2 = 170.7
+            ([9.0, 1, 8, 2, 1], 2.0),
+            ([0.0, 1, 2], 0.0),  # a tie, 1*2*(1.5)^2 = 2*1*(1.5)^2: the lowest
+            ([0.1] * 12, np.inf),
+            ([], np.inf),
+        ],
+    )
+    def test_by_hand(self, values, expected):
+        assert otsu(np.array(values)) == expected
 
     @given(hnp.arrays(np.float64, st.integers(2, 30), elements=st.floats(0, 1, width=16)))
     def test_no_split_is_better(self, values):
@@ -38,24 +40,29 @@ class TestOtsu:
 
 
 def variance(values, above):
-    """Between-class variance times n^2, the obvious way; 0 if a class is empty."""
+    """Between-class variance times n^2; 0 if a class is empty."""
     high, low = values[above].astype(float), values[~above].astype(float)
     return len(high) * len(low) * (high.mean() - low.mean()) ** 2 if len(high) and len(low) else 0.0
 
 
 class TestTopMass:
-    def test_by_hand(self):
-        values = np.array([[4.0, 1.0], [2.0, 3.0]])
-        for share, cells in ((0.4, 1), (0.41, 2), (0.7, 2), (0.71, 3), (0.9, 3), (1.0, 4), (1e-9, 1)):
-            assert (values > top_mass(values, share)).sum() == cells, share
+    @pytest.mark.parametrize(
+        ("values", "share", "cells"),
+        [
+            *(([4.0, 1, 2, 3], share, cells) for share, cells in (
+                (1e-9, 1), (0.4, 1), (0.41, 2), (0.7, 2), (0.71, 3), (0.9, 3), (1.0, 4),
+            )),
+            ([1.0, 1, 1, 0], 0.3, 3),  # equal cells go together
+        ],
+    )  # fmt: skip
+    def test_by_hand(self, values, share, cells):
+        assert (np.array(values) > top_mass(np.array(values), share)).sum() == cells
 
-    def test_equal_cells_go_together(self):
-        assert (np.array([1.0, 1, 1, 0]) > top_mass(np.array([1.0, 1, 1, 0]), 0.3)).sum() == 3
+    @pytest.mark.parametrize("values", [[0.0] * 4, [-1.0, -2], []])
+    def test_without_mass_there_is_no_threshold(self, values):
+        assert top_mass(np.array(values)) == np.inf
 
-    def test_nothing_holds_no_mass(self):
-        assert top_mass(np.zeros(4)) == top_mass(np.array([-1.0, -2])) == top_mass(np.array([])) == np.inf
-
-    def test_rounding_takes_no_cell_more(self):
+    def test_rounding_adds_no_cell(self):
         values = np.full(10, 0.1)
         values[:7] += 1e-3
         assert (values > top_mass(values, values[:7].sum() / values.sum())).sum() == 7
@@ -80,7 +87,7 @@ class TestTopMass:
 class TestThreshold:
     @pytest.mark.parametrize("method", ["mean", "otsu", "top_mass"])
     @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
-    def test_a_flat_map_has_no_active_cell(self, method, value):
+    def test_a_flat_map_has_no_positive_cell(self, method, value):
         noise = 1e-9 * np.random.default_rng(0).random((7, 9))
         assert threshold(value + noise * value, GroundingOptions(binarise=method)) == np.inf
         found = grounded(np.full((7, 9), value), binarise=method)
@@ -89,27 +96,40 @@ class TestThreshold:
 
     @pytest.mark.parametrize("method", ["mean", "otsu", "top_mass"])
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
-    def test_refuses_what_is_no_number(self, method, bad):
+    def test_non_finite_maps_are_refused(self, method, bad):
         with pytest.raises(ValueError, match="NaN"):
             threshold(np.array([[1.0, bad]]), GroundingOptions(binarise=method))
 
-    def test_the_padding_counts_for_the_mean_alone(self):
+    @pytest.mark.parametrize(
+        ("options", "box"),
+        [
+            ({}, None),  # the mean, with the padding, is 22.2
+            ({"binarise": "otsu"}, (20, 0, 30, 10)),  # {1, 3} | {9}
+            ({"binarise": "top_mass", "top_mass": 0.9}, (10, 0, 30, 10)),  # 12 of 13
+        ],
+    )
+    def test_padding_only_counts_for_the_mean(self, options, box):
         grid = np.array([[40.0, 40, 40], [1, 3, 9]])  # the first row is padding
-        seen = {"image_box": (0, -10, 30, 10), "image_size": (30, 10)}
-        assert not grounded(grid, **seen).cells.any()  # the mean is 22.2
-        assert grounded(grid, **seen, binarise="otsu").box == (20, 0, 30, 10)  # {1, 3} | {9}
-        assert grounded(grid, **seen, binarise="top_mass", top_mass=0.9).box == (10, 0, 30, 10)  # 12 of 13
+        found = grounded(grid, (0, -10, 30, 10), (30, 10), **options)
+        assert (found.box if found.cells.any() else None) == box
 
-    def test_what_lies_in_the_padding_alone_is_nothing(self):
+    @pytest.mark.parametrize("method", ["mean", "otsu", "top_mass"])
+    def test_cells_in_the_padding_are_not_positive(self, method):
         grid = np.array([[9.0, 9, 9], [1, 1, 1]])
-        for method in ("mean", "otsu", "top_mass"):
-            found = grounded(grid, (0, -10, 30, 10), (30, 10), binarise=method)
-            assert found.box == (0, 0, 30, 10)
+        assert grounded(grid, (0, -10, 30, 10), (30, 10), binarise=method).box == (0, 0, 30, 10)
 
-    def test_each_method_makes_its_own_box(self):
-        grid = np.array([[0.0, 1, 2, 9, 2]])
-        assert grounded(grid).box == (30, 0, 40, 10)  # the mean is 2.8
-        assert grounded(grid, binarise="top_mass", top_mass=0.9).box == (20, 0, 50, 10)  # 13 of 14
+    def test_the_mean_of_the_image_leaves_the_padding_out(self):
+        grid, visible = np.array([[40.0, 40, 40], [1, 3, 9]]), np.array([[False] * 3, [True] * 3])
+        assert threshold(grid, GroundingOptions(), visible) == pytest.approx(133 / 6)
+        assert threshold(grid, GroundingOptions(mean_of="image"), visible) == pytest.approx(13 / 3)
+
+    @pytest.mark.parametrize(
+        ("means", "large", "expected"), [(1.3, None, 3.9), (1.3, 0.7, 2.8), (1.0, 1.0, 3.0)]
+    )
+    def test_large_lowers_the_threshold_of_large_objects(self, means, large, expected):
+        """Mean 3, sum of squares over sum: 48 / 12 = 4."""
+        options = GroundingOptions(means=means, large=large)
+        assert threshold(np.array([[4.0, 4.0], [4.0, 0.0]]), options) == pytest.approx(expected)
 
 
 class TestUpsample:

@@ -1,4 +1,4 @@
-"""Signals by hand, the logistic function, and calibration.json: what is refused and why."""
+"""Signals and probabilities by hand, and calibration.json: what is refused and why."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_signals_by_hand():
     )
 
 
-def test_signals_of_answers_and_others_by_hand():
+def test_signals_of_answers_and_other_expressions_by_hand():
     seen = maps([1, 0, 0, 0], [1, 0, 0, 0], answer=np.array([[[[1, 1, 0, 0]], [[1, 1, 0, 0]]]], np.float32))
     found = signals(seen, ground_maps(seen, HEADS, PLAIN), PLAIN)
     assert found["answer"] == pytest.approx(math.sqrt(0.5))
@@ -81,7 +81,7 @@ def test_signals_of_answers_and_others_by_hand():
     assert found["gain"] == pytest.approx(1 - (0 + 0.5) / 2) and found["mass"] == 0
 
 
-def test_a_head_that_points_at_nothing_agrees_with_nothing():
+def test_a_head_without_positive_cells_has_no_agreement():
     seen = maps([4, 0, 0, 0], [1, 1, 1, 1])
     found = ground_maps(seen, HEADS, PLAIN)
     assert single_head_boxes(seen, found, PLAIN)[1] is None
@@ -116,7 +116,7 @@ def test_probabilities_by_hand():
     assert Logistic(1e9, {}).probability({}) == 1.0 and Logistic(-1e9, {}).probability({}) < 1e-200
 
 
-def test_a_calibration_is_kept_and_read():
+def test_a_calibration_survives_json():
     assert Calibration.from_json(json.loads(json.dumps(CALIBRATION.to_json()))) == CALIBRATION
 
 
@@ -131,7 +131,7 @@ def test_another_recipe_is_refused_by_name():
     assert CALIBRATION.differences({**RECIPE, "zoom": True, "heads": []}) == ["heads", "zoom"]
 
 
-def test_the_model_is_asked_where_a_calibration_needs_it():
+def test_signals_that_the_calibration_needs_are_no_difference():
     asking, not_asking = ({**RECIPE, "signals": asks} for asks in (True, False))
     assert not replace(CALIBRATION, recipe=asking).differences(not_asking)
     assert replace(CALIBRATION, recipe=not_asking).differences(asking) == ["signals"]
@@ -144,22 +144,20 @@ def test_the_model_is_asked_where_a_calibration_needs_it():
     [
         ({"version": 1}, "of version 1, and this release reads 2: run stage=calibrate again"),
         ({"version": True}, "version"),
-        ({"right": None}, "wrong kind"),
-        ({"right": {"intercept": 0, "weights": {"mass": "x"}}}, "wrong kind"),
-        ({"right": {"intercept": math.inf, "weights": {}}}, "wrong kind"),
+        *(({"right": right}, "wrong kind") for right in (
+            None, {"intercept": 0, "weights": {"mass": "x"}}, {"intercept": math.inf, "weights": {}},
+        )),
         ({"recipe": 3}, "wrong kind"),
+        *((key, f"'{key}' is missing") for key in CALIBRATION.to_json()),
     ],
-)
-def test_what_is_no_calibration_is_refused(change, said):
-    with pytest.raises(UsageError, match=said):
-        Calibration.from_json({**CALIBRATION.to_json(), **change})
-
-
-@pytest.mark.parametrize("key", list(CALIBRATION.to_json()))
-def test_a_missing_key_is_named(key):
+)  # fmt: skip
+def test_an_invalid_calibration_is_refused(change, said):
     data = CALIBRATION.to_json()
-    del data[key]
-    with pytest.raises(UsageError, match=f"'{key}' is missing"):
+    if isinstance(change, str):
+        del data[change]
+    else:
+        data |= change
+    with pytest.raises(UsageError, match=said):
         Calibration.from_json(data)
 
 
@@ -169,6 +167,6 @@ def test_a_missing_key_is_named(key):
         lambda x: st.lists(x) | st.dictionaries(st.text(), x),
     )
 )
-def test_any_json_is_refused_in_one_way(value):
+def test_any_other_json_is_a_usage_error(value):
     with pytest.raises(UsageError):
         Calibration.from_json(value)

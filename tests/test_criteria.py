@@ -1,4 +1,4 @@
-"""The criteria against hand-computed values and an obvious second implementation, one map at a time."""
+"""The criteria against hand-computed values and a plain second implementation, one map at a time."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
-from small_maps import flood
+from small_maps import drawn, flood
 
 from localization_heads.cells import label_components
 from localization_heads.errors import UsageError
@@ -31,24 +31,12 @@ from localization_heads.options.compose import load_preset
 from localization_heads.options.groups import CriteriaOptions
 
 LN2 = math.log(2)
-
-
-def component_count(maps, threshold="mean"):
-    return head_statistics(maps, CriteriaOptions(threshold=threshold)).num_components
-
-
-def bottom_row_focus(maps, threshold="mean"):
-    return head_statistics(maps, CriteriaOptions(threshold=threshold)).bottom_row_focus
+SHARE = 7.6 / 11.2
 
 
 JUNE, AUGUST = (
     CriteriaOptions.of(load_preset("criteria", name)) for name in ("published", "published_august")
 )
-
-
-def drawn(*rows):
-    """A mask drawn with `#`, as a map of ones and zeros."""
-    return np.array([[cell == "#" for cell in row] for row in rows], dtype=np.float32)
 
 
 def obvious_entropy(grid, weight="area", threshold=None, means=1):
@@ -85,15 +73,15 @@ class TestAttentionSum:
         assert attention_sum(maps)[0] == np.float32(1e6 * float(np.float32(1e-7)))
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_refuses_what_is_not_finite(self, bad):
+    @pytest.mark.parametrize("function", [attention_sum, spatial_entropy, binarise, head_statistics])
+    def test_non_finite_maps_are_refused(self, function, bad):
         maps = np.ones((2, 3, 3), dtype=np.float32)
         maps[1, 2, 0] = bad
-        for function in (attention_sum, spatial_entropy, binarise, component_count, bottom_row_focus):
-            with pytest.raises(ValueError, match="NaN or infinite"):
-                function(maps)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            function(maps)
 
     @pytest.mark.parametrize("shape", [(3,), (2, 0, 4), (2, 4, 0)])
-    def test_refuses_what_is_no_map(self, shape):
+    def test_arrays_without_cells_are_refused(self, shape):
         with pytest.raises(ValueError, match="at least one cell"):
             attention_sum(np.zeros(shape))
 
@@ -131,14 +119,14 @@ class TestElbow:
         assert elbow([value * factor for value in values]) == elbow(values) * factor
 
     @pytest.mark.parametrize("values", [[], [0.1, np.nan, 0.2], [0.0, np.inf]])
-    def test_refuses_what_has_no_elbow(self, values):
+    def test_no_or_non_finite_values_are_refused(self, values):
         with pytest.raises(ValueError, match=r"elbow|finite"):
             elbow(values)
 
 
 class TestKeepHeads:
     SUMS = np.array([[0.9, 0.9], [0.8, 0.8], [0.0, 0.1], [0.2, 1.0], [0.05, 0.15]])
-    SUMS.flags.writeable = False  # they are left alone
+    SUMS.flags.writeable = False  # the functions must not change their argument
 
     def test_keeps_the_elbow_and_above_outside_the_excluded_layers(self):
         # Layers 2 to 4 sorted: 0, 0.05, 0.1, 0.15, 0.2, 1; the elbow is 0.2.
@@ -157,33 +145,34 @@ class TestKeepHeads:
         assert np.argwhere(kept).tolist() == [[3, 0], [3, 1], [4, 1]]
         assert keep_heads(self.SUMS, CriteriaOptions(tau=0.0))[2:].all()
 
-    def test_index_variant_takes_the_head_at_the_elbow(self):
-        sums = np.array([[0.9, 0.0], [0.2, 0.1]])  # sorted: heads 1, 3, 2, 0: head 2 stands at the elbow
-        assert head_at_elbow(sums) == 2
-        kept = keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=0))
-        assert kept.tolist() == [[False, False], [True, True]]  # 2 and what comes after it, however silent
-        assert keep_heads(sums, CriteriaOptions(exclude_layers=0)).tolist() == [[True, False], [True, False]]
-        sums = np.array([[0.2, 0.0], [0.1, 0.9]])  # sorted: heads 1, 2, 0, 3: now it is head 0; all are kept
-        assert head_at_elbow(sums) == 0
-        assert keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=0)).all()
+    @pytest.mark.parametrize(
+        ("sums", "exclude_layers", "elbow_at", "kept"),
+        [
+            # sorted: heads 1, 3, 2, 0; head 2 is at the elbow: it and those after it are kept, whatever their sums
+            ([[0.9, 0.0], [0.2, 0.1]], 0, 2, [[False, False], [True, True]]),
+            # sorted: heads 1, 2, 0, 3; head 0 is at the elbow
+            ([[0.2, 0.0], [0.1, 0.9]], 0, 0, [[True, True], [True, True]]),
+            # sorted: heads 2, 3, 4, 0, 1, 5; head 0 is at the elbow. Without layer 0 it would be head 4
+            ([[0.9, 0.9], [0.0, 0.1], [0.2, 1.0]], 1, 0, [[False, False], [True, True], [True, True]]),
+            ([[0.9, 0.9], [0.0, 0.1], [0.2, 1.0]], 2, 0, [[False, False], [False, False], [True, True]]),
+        ],
+    )
+    def test_index_variant_keeps_heads_from_the_elbow_of_all_heads_on(
+        self, sums, exclude_layers, elbow_at, kept
+    ):
+        options = CriteriaOptions(elbow="index", exclude_layers=exclude_layers)
+        assert head_at_elbow(np.array(sums)) == elbow_at
+        assert keep_heads(np.array(sums), options).tolist() == kept
 
-    def test_index_variant_sorts_all_heads_then_excludes(self):
-        # All sorted: heads 2, 3, 4, 0, 1, 5 with the elbow at 0 (0.9); without layer 0 it would be head 4 (0.2).
-        sums = np.array([[0.9, 0.9], [0.0, 0.1], [0.2, 1.0]])
-        kept = keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=1))
-        assert kept.tolist() == [[False, False], [True, True], [True, True]]
-        kept = keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=2))
-        assert np.argwhere(kept).tolist() == [[2, 0], [2, 1]]
-
-    def test_the_elbow_may_be_of_all_heads(self):
-        # Of all: 0, 0.05, 0.1, 0.15, 0.2, 0.8, 0.8, 0.9, 0.9, 1: the elbow is 0.2; louder first layers move it to 1.
+    def test_the_elbow_of_all_heads_depends_on_excluded_layers(self):
+        # Sorted: 0, 0.05, 0.1, 0.15, 0.2, 0.8, 0.8, 0.9, 0.9, 1: the elbow is 0.2; louder first layers move it to 1.
         assert attention_sum_threshold(self.SUMS, CriteriaOptions(elbow_heads="all")) == 0.2
         louder = np.concatenate([100 * self.SUMS[:2], self.SUMS[2:]])
         assert attention_sum_threshold(louder, CriteriaOptions(elbow_heads="all")) == 1.0
         kept = keep_heads(louder, CriteriaOptions(elbow_heads="all"))
         assert np.argwhere(kept).tolist() == [[3, 1]]
 
-    def test_refuses_contradictions(self):
+    def test_contradicting_options_are_refused(self):
         with pytest.raises(UsageError, match=r"criteria.exclude_layers=5: there are only \d layers"):
             keep_heads(self.SUMS, CriteriaOptions(exclude_layers=5))
         with pytest.raises(ValueError, match="elbow=index"):
@@ -195,19 +184,21 @@ class TestBinarise:
         maps = np.array([[[0, 1], [2, 1]], [[10, 0], [0, 0]]], dtype=np.float32)  # means 1 and 2.5
         assert binarise(maps).tolist() == [[[False, False], [True, False]], [[True, False], [False, False]]]
 
-    def test_absolute_threshold_is_on_the_excess_over_the_mean(self):
-        grid = np.array([[0.0, 0.5, 1.0, 2.5]])  # mean 1
-        assert binarise(grid, CriteriaOptions(threshold=0.0)).tolist() == [[False, False, False, True]]
-        assert binarise(grid, CriteriaOptions(threshold=1.5)).tolist() == [[False] * 4]
-        assert binarise(grid, CriteriaOptions(threshold=1.499)).tolist() == [[False, False, False, True]]
-
-    def test_two_means_are_taken_off(self):
-        grid = np.array([[0.0, 0.5, 0.5, 3.0]])  # mean 1
-        assert binarise(grid, CriteriaOptions(means=2)).tolist() == [[False, False, False, True]]
-        assert binarise(grid, CriteriaOptions(threshold=1.0, means=2)).tolist() == [[False] * 4]
-        below = CriteriaOptions(threshold=0.999, means=2)
-        assert binarise(grid, below).tolist() == [[False, False, False, True]]
-        assert not binarise(np.full((2, 2), 0.1), CriteriaOptions(means=2)).any()
+    @pytest.mark.parametrize(
+        ("grid", "options", "positive"),
+        [
+            ([0.0, 0.5, 1.0, 2.5], {"threshold": 0.0}, True),  # mean 1: the excess of the last cell is 1.5
+            ([0.0, 0.5, 1.0, 2.5], {"threshold": 1.499}, True),
+            ([0.0, 0.5, 1.0, 2.5], {"threshold": 1.5}, False),
+            ([0.0, 0.5, 0.5, 3.0], {"means": 2}, True),  # mean 1: 3 - 2 is 1
+            ([0.0, 0.5, 0.5, 3.0], {"means": 2, "threshold": 0.999}, True),
+            ([0.0, 0.5, 0.5, 3.0], {"means": 2, "threshold": 1.0}, False),
+            ([0.1, 0.1, 0.1, 0.1], {"means": 2}, False),
+        ],
+    )
+    def test_threshold_is_on_the_excess_over_the_means(self, grid, options, positive):
+        """At most the last cell is positive."""
+        assert binarise(np.array([grid]), CriteriaOptions(**options)).tolist() == [[False] * 3 + [positive]]
 
     @given(
         st.floats(1e-30, 1e30),
@@ -221,13 +212,17 @@ class TestBinarise:
 
 
 class TestComponents:
-    def test_diagonal_neighbours_are_connected(self):
-        assert component_count(np.eye(5)) == 1
+    @pytest.mark.parametrize(
+        ("grid", "count"),
+        [
+            (np.eye(5), 1),  # diagonal neighbours are connected
+            (drawn("...#", "#...", "...."), 2),  # rows do not wrap around
+        ],
+    )
+    def test_count_by_hand(self, grid, count):
+        assert head_statistics(grid.astype(float)).num_components == count
 
-    def test_rows_do_not_wrap_around(self):
-        assert component_count(drawn("...#", "#...", "....")) == 2
-
-    def test_labels_are_scipys(self):
+    def test_labels_agree_with_scipy(self):
         neighbours = np.zeros((3, 3, 3), dtype=bool)
         neighbours[1] = True
         for seed, shape in enumerate([(50, 24, 24), (30, 7, 1), (30, 1, 9), (9, 33, 40)]):
@@ -236,7 +231,7 @@ class TestComponents:
             )
             assert (label_components(masks) == ndimage.label(masks, neighbours)[0]).all()
 
-    def test_no_maps_at_all(self):
+    def test_an_empty_stack(self):
         assert spatial_entropy(np.zeros((0, 4, 4))).shape == (0,)
 
 
@@ -255,7 +250,7 @@ class TestSpatialEntropy:
         ],
     )
     def test_by_hand(self, grid, expected):
-        assert spatial_entropy(grid) == np.float32(expected)
+        assert spatial_entropy(grid.astype(float)) == np.float32(expected)
 
     def test_one_component_is_exactly_positive_zero(self):
         maps = np.zeros((500, 9, 9))
@@ -265,37 +260,37 @@ class TestSpatialEntropy:
             assert (entropy == 0).all()
             assert not np.signbit(entropy).any()
 
-    def test_area_ignores_how_much_attention_a_component_holds_and_mass_does_not(self):
-        grid = np.array([[9.0, 0, 0, 0, 0, 5, 0, 0, 0, 0]])  # mean 1.4, excess 7.6 and 3.6
-        share = 7.6 / 11.2
-        mass = -(share * math.log(share) + (1 - share) * math.log(1 - share))
-        assert spatial_entropy(grid) == np.float32(LN2)
-        assert spatial_entropy(grid, weight="mass") == pytest.approx(mass, rel=1e-6)
-
-    def test_published_mass_shares_are_of_the_whole_maps_excess(self):
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"weight": "area"}, LN2),
+            ({"weight": "mass"}, -(SHARE * math.log(SHARE) + (1 - SHARE) * math.log(1 - SHARE))),
+            # Above a threshold of 4 only the first component is left; its share is still of the whole excess.
+            ({"weight": "area", "threshold": 4.0}, 0),
+            ({"weight": "mass", "threshold": 4.0}, -SHARE * math.log(SHARE)),
+        ],
+    )
+    def test_weight_by_hand(self, options, expected):
+        """The mean is 1.4, the excess 7.6 and 3.6."""
         grid = np.array([[9.0, 0, 0, 0, 0, 5, 0, 0, 0, 0]])
-        # Above a threshold of 4 only the first component is left, with 7.6 of 11.2.
-        share = 7.6 / 11.2
-        entropy = spatial_entropy(grid, weight="mass", threshold=4.0)
-        assert entropy == pytest.approx(-share * math.log(share), rel=1e-6)
-        assert spatial_entropy(grid, threshold=4.0) == 0
+        assert spatial_entropy(grid, **options) == pytest.approx(expected, rel=1e-6)
 
-    def test_a_map_whose_excess_stays_below_the_threshold_has_no_mass_to_share(self):
+    def test_excess_below_the_threshold_by_hand(self):
         faint = np.array([[0.1001, 0.1, 0.1, 0.0999]])  # 0.0001 above the mean
         assert spatial_entropy(faint, weight="mass", threshold=0.001) == 0
-        assert component_count(faint, threshold=0.001) == 0
+        assert head_statistics(faint, CriteriaOptions(threshold=0.001)).num_components == 0
         assert spatial_entropy(faint, threshold=0.001) == np.inf  # areas: there is none
         for means in (1, 2):  # nothing above the mean, nothing above twice the mean
             grid = np.full((2, 2), 0.1) if means == 1 else faint
             assert spatial_entropy(grid, weight="mass", threshold=0.001, means=means) == np.inf
 
-    def test_ties_are_exact_wherever_the_components_lie(self):
+    def test_ties_are_exact_in_any_order_of_components(self):
         rng = np.random.default_rng(3)
         areas = [1, 2, 3, 5, 7, 11]
         entropies = set()
         for _ in range(200):
-            row, column = [], rng.permutation(areas)
-            for area in column:
+            row = []
+            for area in rng.permutation(areas):
                 row += [1.0] * int(area) + [0.0] * int(rng.integers(1, 4))
             row += [0.0] * (60 - len(row))
             # In float64: rounding to float32 would hide most differences, not all.
@@ -325,8 +320,8 @@ class TestSpatialEntropy:
             assert whole[index] == spatial_entropy(stack[index])
             assert whole[index] == pytest.approx(obvious_entropy(stack[index]), rel=1e-6)
 
-    def test_a_map_does_not_depend_on_those_around_it(self):
-        """Faint maps between strong ones, more than are measured together."""
+    def test_a_map_does_not_depend_on_the_rest_of_the_stack(self):
+        """Faint maps between strong ones, in more than one block."""
         rng = np.random.default_rng(7)
         stack = ndimage.gaussian_filter(rng.random((600, 24, 24)), (0, 1, 1)).astype(np.float32)
         stack *= np.float32(10.0) ** rng.integers(-9, 1, (600, 1, 1)).astype(np.float32)
@@ -347,17 +342,13 @@ class TestSpatialEntropy:
                 assert whole.spatial_entropy[index] == pytest.approx(expected, rel=1e-6)
 
 
-class TestBottomRow:
-    def test_needs_every_cell_of_the_last_row(self):
-        stack = np.stack([drawn("....", "####"), drawn("....", "###."), drawn("####", "....")])
-        assert bottom_row_focus(stack).tolist() == [True, False, False]
-
-    def test_is_a_row_and_not_a_column(self):
-        assert not bottom_row_focus(drawn("...#", "...#"))
-
-
 class TestHeadStatistics:
-    def test_gathers_what_the_single_functions_say(self):
+    def test_bottom_row_focus_needs_every_cell_of_the_last_row(self):
+        masks = [("....", "####"), ("....", "###."), ("####", "...."), ("...#", "...#")]
+        stack = np.stack([drawn(*rows) for rows in masks]).astype(float)
+        assert head_statistics(stack).bottom_row_focus.tolist() == [True, False, False, False]
+
+    def test_agrees_with_the_single_functions(self):
         attention = np.random.default_rng(6).random((3, 4, 6, 5)).astype(np.float32) ** 4
         attention[2, 3] = 0.25
         attention[0, 1, :-1] = 0.0
@@ -390,7 +381,7 @@ class TestHeadStatistics:
 
 
 def by_chord(values):
-    """Positions in ascending order, and the place in it that is farthest from the chord, by plane geometry."""
+    """Indices in ascending order, and the position in it that is farthest from the chord, by plane geometry."""
     order = sorted(range(len(values)), key=lambda index: values[index])
     width, height = len(values) - 1, values[order[-1]] - values[order[0]]
     distances = [

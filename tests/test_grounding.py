@@ -1,4 +1,4 @@
-"""Grounding of small maps by hand, against OpenCV-style smoothing and hulls written the obvious way."""
+"""Grounding of small maps by hand, and against smoothing and hulls in plain loops."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ SHARP = GroundingOptions(sigma=0.0)
 
 
 def mirrored(index, length):
-    """Index of the cell that stands beyond the border, reflected without the edge: `c b | a b c | b a`."""
+    """Index of the cell that a position beyond the border mirrors: `c b | a b c | b a`."""
     while not 0 <= index < length:
         index = -index if index < 0 else 2 * (length - 1) - index
         if length == 1:
@@ -77,7 +77,7 @@ class TestSmooth:
         assert gaussian_kernel(7, 1.0).size == 7
         assert gaussian_kernel(7, 0.0).tolist() == gaussian_kernel(1, 1.0).tolist() == [1.0]
 
-    def test_the_edge_is_not_repeated(self):
+    def test_mirrored_border_by_hand(self):
         row = np.array([[4.0, 2.0, 1.0]])
         side, centre = gaussian_kernel(3, 1.0)[:2]
         expected = [4 * centre + 4 * side, 2 * centre + 5 * side, centre + 4 * side]
@@ -85,21 +85,21 @@ class TestSmooth:
 
     @pytest.mark.parametrize("shape", [(24, 24), (5, 9), (3, 2), (1, 4), (6, 1), (1, 1)])
     @pytest.mark.parametrize(("kernel_size", "sigma"), [(7, 1.0), (3, 0.8), (9, 1.8), (5, 30.0)])
-    def test_agrees_with_the_obvious_way_on_any_grid(self, shape, kernel_size, sigma):
+    def test_agrees_with_plain_loops_on_any_grid(self, shape, kernel_size, sigma):
         grid = np.random.default_rng(0).random(shape)
         assert smooth(grid, kernel_size, sigma) == pytest.approx(obvious_smooth(grid, kernel_size, sigma))
 
-    def test_a_repeated_edge_by_hand(self):
-        # Beyond the left edge stands the 1 once more, and so it gets both side taps' share: 1 - 0.274 (of the 0).
+    def test_repeated_border_by_hand(self):
+        # The 1 is repeated to its left, so it loses only the tap of the 0 to its right: 1 - 0.274.
         smoothed = smooth(np.array([[1.0, 0.0, 0.0]]), 3, 1.0, "repeat")
         np.testing.assert_allclose(smoothed, [[0.7259, 0.2741, 0.0]], atol=1e-4)
 
-    def test_nine_taps_and_a_repeated_edge_are_scipys_filter(self):
+    def test_nine_taps_and_a_repeated_border_agree_with_scipy(self):
         for shape in ((24, 24), (5, 3), (1, 7)):
             grid = np.random.default_rng(5).random(shape)
             np.testing.assert_allclose(smooth(grid, 9, 1.0, "repeat"), ndimage.gaussian_filter(grid, 1.0))
 
-    def test_each_map_of_a_stack_on_its_own(self):
+    def test_maps_of_a_stack_are_independent(self):
         stack = np.random.default_rng(1).random((3, 6, 5)).astype(np.float32)
         smoothed = smooth(stack)
         for grid, own in zip(stack, smoothed, strict=True):
@@ -132,7 +132,7 @@ class TestHull:
         assume(mask.any())
         assert hull_area(mask) == pytest.approx(obvious_hull_area(mask))
 
-    def test_opencvs_area_is_that_of_our_own_hull(self):
+    def test_area_agrees_with_our_own_hull(self):
         rng = np.random.default_rng(11)
         for _ in range(1000):
             mask = rng.random(rng.integers(1, 30, 2)) < rng.random()
@@ -145,7 +145,7 @@ class TestHull:
             assert hull_area(mask) == abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
-    def test_hull_holds_every_point_and_no_needless_vertex(self, points):
+    def test_hull_contains_every_point_and_no_collinear_vertex(self, points):
         hull = convex_hull(points)
         assert set(hull) <= set(points)
         assume(len(hull) > 2)
@@ -164,21 +164,27 @@ class TestHull:
         assert chosen.sum() == 5
         assert not chosen[:2, :3].any()
 
-    def test_diagonal_cells_are_one_component(self):
-        assert largest_hull(np.eye(4, dtype=bool)).sum() == 4
-
-    def test_ties_go_to_the_mass_then_to_the_first_cell(self):
-        mask = drawn("#.#", "...", "#..")
-        assert np.argwhere(largest_hull(mask)).tolist() == [[0, 0]]
-        mass = np.array([[1.0, 0, 2], [0, 0, 0], [3, 0, 0]])
-        assert np.argwhere(largest_hull(mask, mass)).tolist() == [[2, 0]]
-        mass = np.array([[1.0, 0, 1 + 1e-14], [0, 0, 0], [1, 0, 0]])  # equal but for rounding
-        assert np.argwhere(largest_hull(mask, mass)).tolist() == [[0, 0]]
-
-    def test_mass_decides_between_equal_hulls_only(self):
-        mask = drawn("##.", "...", "..#")
-        mass = np.array([[1.0, 1, 0], [0, 0, 0], [0, 0, 99]])
-        assert np.argwhere(largest_hull(mask, mass)).tolist() == [[0, 0], [0, 1]]
+    @pytest.mark.parametrize(
+        ("mask", "mass", "cells"),
+        [
+            (
+                ("##.", "##.", "..#"),
+                None,
+                [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2]],
+            ),  # diagonals are connected
+            (("#.#", "...", "#.."), None, [[0, 0]]),  # a tie: the first cell
+            (("#.#", "...", "#.."), [[1, 0, 2], [0, 0, 0], [3, 0, 0]], [[2, 0]]),  # a tie: the most mass
+            (
+                ("#.#", "...", "#.."),
+                [[1, 0, 1 + 1e-14], [0, 0, 0], [1, 0, 0]],
+                [[0, 0]],
+            ),  # equal but for rounding
+            (("##.", "...", "..#"), [[1, 1, 0], [0, 0, 0], [0, 0, 99]], [[0, 0], [0, 1]]),  # no tie
+        ],
+    )
+    def test_component_and_ties_by_hand(self, mask, mass, cells):
+        chosen = largest_hull(drawn(*mask), None if mass is None else np.array(mass, float))
+        assert np.argwhere(chosen).tolist() == cells
 
     @given(masks)
     def test_agrees_with_all_components_one_by_one(self, mask):
@@ -202,7 +208,7 @@ class TestBox:
         assert found.mask[:30, 20:80].all()
         assert found.mask.sum() == 30 * 60
 
-    def test_all_cells_is_the_published_reading(self):
+    def test_all_components_as_in_the_published_code(self):
         grid = drawn("##...", "##...", "....#")
         assert grounded(grid).box == (0, 0, 20, 20)
         both = grounded(grid, component="all")
@@ -230,24 +236,23 @@ class TestBox:
             )
             assert found.box == pytest.approx(tuple(expected * scales))
 
-    def test_positive_cells_above_two_means_by_hand(self):
+    @pytest.mark.parametrize(
+        ("means", "margin", "box"),
+        [
+            (1, 0.0, (0, 0, 40, 40)),  # 1.5 is above the mean
+            (2, 0.0, (0, 10, 40, 40)),  # but not above twice the mean, nor is 2.0
+            (2, 0.5, (10, 10, 40, 40)),  # 2.5 - 2 is not above 0.5
+            (2, 0.499, (0, 10, 40, 40)),
+            (3, 0.0, (30, 30, 40, 40)),  # the comparison is strict
+        ],
+    )
+    def test_means_and_margin_by_hand(self, means, margin, box):
         grid = [[1.5, 0, 0, 0], [2.5, 3, 0, 0], [0, 0, 0, 2], [0, 3, 0, 4]]  # mean 1
-        expected = {
-            (1, 0.0): (0, 0, 40, 40),  # 1.5 is above the mean
-            (2, 0.0): (0, 10, 40, 40),  # not above twice the mean, nor is 2.0
-            (2, 0.5): (10, 10, 40, 40),  # 2.5 - 2 is not above 0.5
-            (2, 0.499): (0, 10, 40, 40),
-            (3, 0.0): (30, 30, 40, 40),
-        }
-        for (means, margin), box in expected.items():
-            assert grounded(grid, component="all", means=means, margin=margin).box == box, (means, margin)
+        assert grounded(grid, component="all", means=means, margin=margin).box == box
 
-    def test_no_cell_above_two_means_points_at_nothing(self):
+    def test_no_cell_above_the_threshold_is_the_whole_image(self):
         found = grounded([[1.0, 2.0, 3.0]], means=2)
         assert (found.box, found.score, found.threshold) == ((0, 0, 30, 10), 0.0, math.inf)
-
-    def test_the_mean_is_not_active(self):
-        assert grounded([[0.0, 1.0, 2.0]]).box == (20, 0, 30, 10)
 
     def test_padding_is_undone(self):
         # A 640x480 image padded to a square: rows 0 to 2 and 21 to 23 of 24 hold no image.
@@ -257,7 +262,7 @@ class TestBox:
         assert found.box == pytest.approx((80, 0, 240, 80))
         assert not found.cells[:3].any()
 
-    def test_what_is_only_in_the_padding_is_dropped(self):
+    def test_cells_in_the_padding_are_dropped(self):
         grid = np.zeros((24, 24))
         grid[0:3] = 1
         grid[12, 12] = 0.9
@@ -285,7 +290,7 @@ class TestBox:
     @pytest.mark.parametrize(
         ("width", "height", "cells", "padded"), [(640, 480, 24, 3), (147, 98, 18, 3), (1158, 772, 18, 3)]
     )
-    def test_a_padding_cell_that_meets_the_image_by_rounding_is_outside(self, width, height, cells, padded):
+    def test_a_cell_that_touches_the_image_by_rounding_is_outside(self, width, height, cells, padded):
         grid = np.zeros((cells, cells))
         grid[:padded, ::3] = grid[-padded:, ::3] = 1
         margin = (width - height) / 2
@@ -343,7 +348,7 @@ class TestBox:
         grid = [[8.0, 0.0, 0.0], [0.5, 7.0, 0.0], [0.0, 0.0, 0.5]]  # the diagonal pair; the box is 2 x 2
         assert grounded(grid).score == pytest.approx(15.5 / 16)
 
-    def test_heads_are_added(self):
+    def test_maps_of_heads_are_summed(self):
         attention = np.zeros((2, 2, 1, 5), dtype=np.float32)
         attention[0, 0, 0, 0] = 1.0
         attention[1, 1, 0, 4] = 3.0
@@ -355,12 +360,12 @@ class TestBox:
         assert found.box == (40, 0, 50, 10)  # mean 0.8: two hulls of one cell, the heavier wins
 
     @pytest.mark.parametrize("heads", [[], [Head(0, 1)], [Head(1, 0)], [Head(-1, 0)]])
-    def test_refuses_heads_that_are_not_there(self, heads):
+    def test_unknown_heads_are_refused(self, heads):
         maps = AttentionMaps(np.zeros((1, 1, 2, 2), dtype=np.float32), (0, 0, 2, 2), (2, 2))
         with pytest.raises(ValueError, match="head"):
             ground_maps(maps, heads)
 
-    def test_refuses_nan(self):
+    def test_nan_is_refused(self):
         with pytest.raises(ValueError, match="NaN"):
             grounded([[0.0, np.nan]])
 
@@ -378,7 +383,7 @@ class TestImages:
         tight = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
         assert np.abs(np.array(tight) - found.box).max() <= 1
 
-    def test_the_hull_is_that_of_what_the_image_shows(self):
+    def test_the_hull_is_clipped_to_the_image(self):
         found = grounded(drawn(".....", "...#.", "###..", "....."), (-5, -15, 45, 25), (40, 20))
         assert found.box == (0, 0, 35, 15)
         vertices = sorted(tuple(vertex) for vertex in found.polygon.tolist())
@@ -419,14 +424,14 @@ class TestImages:
         assert heat.max() == 1.0
         assert heat.dtype == np.float32
 
-    def test_heatmap_is_scaled_by_what_the_image_shows(self):
+    def test_heatmap_is_scaled_by_its_maximum_on_the_image(self):
         grid = np.array([[9.0, 9.0], [1.0, 2.0], [9.0, 9.0]])
         heat = grounded(grid, (0, -100, 200, 200), (200, 100)).heatmap
         assert heat.max() == 1.0
         assert heat[50, 50] < heat[50, 150]
 
     @given(hnp.arrays(np.float64, (3, 4), elements=st.integers(0, 9).map(float)), st.integers(-9, 9))
-    def test_heatmap_agrees_with_each_pixel_on_its_own(self, grid, shift):
+    def test_heatmap_agrees_with_a_loop_over_pixels(self, grid, shift):
         box = (shift - 2.5, -4.0, shift + 15.0, 11.0)
         heat = normalised_heatmap(grid, box, (12, 9))
         expected = np.zeros((9, 12))
@@ -448,7 +453,7 @@ class TestImages:
         assert grounded(grid, (0, -10, 30, 10), (30, 10)).point == (25, 5)  # the first row is padding
         assert grounded(grid, (0, -15, 30, 5), (30, 5)).point == (25, 2.5)  # of the part that shows
 
-    def test_images_are_made_once_and_when_asked_for(self):
+    def test_images_are_computed_once_on_first_access(self):
         found = grounded(np.eye(4))
         assert not {"mask", "heatmap", "polygon"} & set(vars(found))
         assert found.mask is found.mask

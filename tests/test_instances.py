@@ -1,4 +1,4 @@
-"""F1 of several boxes: by hand, and against trying every matching where the greedy one is the best."""
+"""Several objects: F1 by hand and against every matching, duplicates, and the selection of a segmenter's proposals."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import itertools
 
 import numpy as np
 import pytest
+from small_maps import grounded
 
-from localization_heads.attention import AttentionMaps
 from localization_heads.cells import box_iou, label_components, upsample_to_image
 from localization_heads.evaluation.scores import f1, num_matched
 from localization_heads.grounding.boxes import non_maximum_suppression
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.ground import Grounding
 from localization_heads.grounding.proposals import select_proposals
-from localization_heads.heads.head import Head
-from localization_heads.options.groups import GroundingOptions
 
 A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)
 
@@ -25,7 +23,7 @@ A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)
         ([A, B], [B, A], 1.0),
         ([A], [A, B], 2 / 3),
         ([A, B, C], [A], 0.5),
-        ([A, A], [A], 2 / 3),  # the second finds nothing left
+        ([A, A], [A], 2 / 3),  # the second has no match left
         ([], [A], 0.0),
         ([A], [], 0.0),
         ([], [], 1.0),
@@ -56,10 +54,8 @@ def test_duplicates_are_suppressed():
 
 
 def whole(grid: np.ndarray, pixels: int = 1) -> Grounding:
-    """A map without smoothing, a cell `pixels` wide."""
-    size = grid.shape[1] * pixels, grid.shape[0] * pixels
-    maps = AttentionMaps(np.asarray(grid, np.float32)[None, None], (0, 0, *size), size)
-    return ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0.0))
+    """A map without smoothing, with cells `pixels` wide."""
+    return grounded(grid, image_size=(grid.shape[1] * pixels, grid.shape[0] * pixels))
 
 
 def masks(*boxes: tuple[int, int, int, int], side: int = 4) -> np.ndarray:
@@ -69,54 +65,46 @@ def masks(*boxes: tuple[int, int, int, int], side: int = 4) -> np.ndarray:
     return drawn
 
 
-def two() -> np.ndarray:
-    """Cells of 4 at the top left, of 3 at the bottom right; the mean, and so the threshold, is 14 / 16."""
-    grid = np.zeros((4, 4))
-    grid[0, :2], grid[3, 2:] = 4.0, 3.0
-    return grid
+TWO = np.array([[4.0, 4, 0, 0], [0] * 4, [0] * 4, [0, 0, 3, 3]])
+"""Two objects; the mean, and so the threshold, is 14 / 16."""
 
 
 def test_proposals_by_hand():
-    """Worth: 6.25 for the first object, 3.125 for its half, 4.5 with two cells more, 4.25 for the other, 0 for all."""
-    part, much, good, other, everything = (0, 0, 1, 1), (0, 0, 2, 2), (0, 0, 2, 1), (2, 3, 4, 4), (0, 0, 4, 4)
-    found = select_proposals(whole(two()), masks(part, much, good, other, everything), "drawn")
+    """Scores: 6.25 for the first object, 3.125 for its half, 4.5 with two more cells, 4.25 for the other, 0 for all."""
+    half, wide, good, other, everything = (0, 0, 1, 1), (0, 0, 2, 2), (0, 0, 2, 1), (2, 3, 4, 4), (0, 0, 4, 4)
+    found = select_proposals(whole(TWO), masks(half, wide, good, other, everything), "drawn")
     assert [one.box for one in found] == [good, other]
     assert [one.score for one in found] == pytest.approx([8 / 14, 6 / 14])
     assert [one.mask_from for one in found] == ["drawn", "drawn"]
     assert [one.mask_overlap for one in found] == [1.0, 1.0]
     assert (found[0].mask == masks(good)[0]).all() and (found[1].cells == masks(other)[0]).all()
-    alone = select_proposals(
-        whole(two()), masks(much, other), "drawn"
-    )  # without a better one it stands, with its cells
-    assert [one.box for one in alone] == [much, other] and (alone[0].cells == masks(good)[0]).all()
-    assert alone[0].mask_overlap == 0.5
-    assert [one.box for one in select_proposals(whole(two()), masks(good, other), "drawn", least=0.7)] == [
-        good
-    ]
+    without_better = select_proposals(whole(TWO), masks(wide, other), "drawn")
+    assert [one.box for one in without_better] == [wide, other]
+    assert (without_better[0].cells == masks(good)[0]).all() and without_better[0].mask_overlap == 0.5
+    (strongest,) = select_proposals(whole(TWO), masks(good, other), "drawn", least=0.7)
+    assert strongest.box == good
 
 
-def test_a_group_is_no_object():
-    """Both objects and little between them: worth more than either, but it has most of two components."""
+def test_a_group_of_objects_is_left_out():
+    """Both objects and little between them score more than either, but cover most of two components."""
     grid = np.zeros((4, 8))
     grid[1:3, 0:2] = grid[1:3, 3:5] = 4.0
     both, left, right = masks((0, 1, 5, 3), (0, 1, 2, 3), (3, 1, 5, 3), side=8)[:, :4]
     found = select_proposals(whole(grid), np.array([both, left, right]), "drawn")
     assert [one.box for one in found] == [(0, 1, 2, 3), (3, 1, 5, 3)]
-    grid[1:3, 3:5] = (
-        0.55  # little attention there, below 0.15 of the other's: all that it has is one component
-    )
+    grid[1:3, 3:5] = 0.55  # less than 0.15 of the other's attention: only one component counts
     assert [one.box for one in select_proposals(whole(grid), np.array([both]), "drawn")] == [(0, 1, 5, 3)]
 
 
-def test_proposals_that_the_map_says_nothing_of():
+def test_proposals_without_attention_are_left_out():
     assert select_proposals(whole(np.ones((4, 4))), masks(A := (0, 0, 2, 2)), "drawn") == []
-    assert select_proposals(whole(two()), masks(), "drawn") == []
-    assert select_proposals(whole(two()), masks((0, 1, 4, 3), (1, 1, 1, 1)), "drawn") == []
-    assert [one.box for one in select_proposals(whole(two(), 10), masks(A), "drawn")] == [(0, 0, 20, 20)]
+    assert select_proposals(whole(TWO), masks(), "drawn") == []
+    assert select_proposals(whole(TWO), masks((0, 1, 4, 3), (1, 1, 1, 1)), "drawn") == []
+    assert [one.box for one in select_proposals(whole(TWO, 10), masks(A), "drawn")] == [(0, 0, 20, 20)]
 
 
-def group(found: Grounding, mask: np.ndarray) -> bool:
-    """Whether a mask on cells of 4 x 4 pixels has most of two of the map's components."""
+def is_group(found: Grounding, mask: np.ndarray) -> bool:
+    """Whether a mask, on cells of 4 x 4 pixels, covers most of two components."""
     labels = label_components(found.combined > found.threshold)
     mass = {n: found.combined[labels == n].sum() for n in range(1, labels.max() + 1)}
     strong = [n for n in mass if mass[n] >= 0.15 * max(mass.values())]
@@ -125,8 +113,7 @@ def group(found: Grounding, mask: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_proposals_pixel_by_pixel(seed):
-    """Against loops over pixels and pairs."""
+def test_proposals_agree_with_loops_over_pixels_and_pairs(seed):
     rng = np.random.default_rng(seed)
     found = whole(rng.random((5, 5)) ** 4, 4)
     drawn = rng.random((6, 20, 20)) > rng.uniform(0.3, 0.9, (6, 1, 1))
@@ -136,7 +123,7 @@ def test_proposals_pixel_by_pixel(seed):
     left, kept = sorted(range(6), key=lambda i: -worth[i]), []
     while left:
         best = left.pop(0)
-        if worth[best] > 0 and worth[best] >= 0.15 * max(worth) and not group(found, drawn[best]):
+        if worth[best] > 0 and worth[best] >= 0.15 * max(worth) and not is_group(found, drawn[best]):
             kept.append(best)
             pixels = {tuple(p) for p in np.argwhere(drawn[best])}
             left = [

@@ -1,4 +1,4 @@
-"""Heads from labels: scores, mean, ranking, shrinkage and curve by hand and a second time in plain loops; the stage."""
+"""Heads from labels: scores, means, ranking, shrinkage and curve by hand and in plain loops; the stage."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def ranking(frequencies: dict[tuple[int, int], float], exclude: int = 1) -> Head
     return HeadRanking(tuple(heads), 0.1, 3, 9, 5, CriteriaOptions(exclude_layers=exclude), "m")
 
 
-FREE = ranking({(0, 0): 0.9, (0, 1): 0.9, (1, 0): 0.8, (1, 1): 0.4, (2, 0): 0.2, (2, 1): 0.0})
+LABEL_FREE = ranking({(0, 0): 0.9, (0, 1): 0.9, (1, 0): 0.8, (1, 1): 0.4, (2, 0): 0.2, (2, 1): 0.0})
 
 
 def pixel_by_pixel(maps: AttentionMaps, inside: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Each cell's attention spread evenly over its pixels, and those inside added up."""
+    """Each cell's attention is spread evenly over its pixels; those inside are summed."""
     x0, y0, x1, y1 = maps.image_box
     h, w = maps.grid
     found = np.zeros(maps.attention.shape[:2])
@@ -72,7 +72,7 @@ def pixel_by_pixel(maps: AttentionMaps, inside: NDArray[np.bool_]) -> NDArray[np
 
 
 @pytest.mark.parametrize("box", [(3, 7, 24, 31), (-20, -5, 11, 90), (59, 39, 60, 40), (0, 0, 60, 40)])
-def test_mass_is_that_of_the_pixels(box: tuple[int, int, int, int]) -> None:
+def test_mass_agrees_with_a_sum_over_pixels(box: tuple[int, int, int, int]) -> None:
     maps = some_maps()
     inside = np.zeros((SIZE[1], SIZE[0]), bool)
     inside[max(box[1], 0) : box[3], max(box[0], 0) : box[2]] = True
@@ -83,7 +83,7 @@ def test_mass_is_that_of_the_pixels(box: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("box", [(3, 7, 24, 31), (-20, -5, 11, 90), (10, 10, 20, 20), (59.5, 39.5, 60, 40)])
-def test_mass_on_patches_takes_each_patch_whole(box: tuple[float, ...]) -> None:
+def test_mass_on_patches_counts_touched_patches_as_a_whole(box: tuple[float, ...]) -> None:
     """Cells of 10 pixels whose corner is (10 j - 10, 10 i): touched if the overlap has an area."""
     maps = some_maps()
     expected = np.zeros((3, 2))
@@ -105,7 +105,7 @@ def test_scores_by_hand() -> None:
     assert scores["mass"][0] == pytest.approx([0.75, 0.25, 0.2])
     assert scores["pointing"].tolist() == [
         [1.0, 0.0, 0.0]
-    ]  # of the even map, the first cell is the strongest
+    ]  # in the even map, the first cell is the strongest
     # Above their means (.19, .19; the even map nowhere): cells 1, 2; cells 0, 2; none.
     assert scores["iou"][0] == pytest.approx([1.0, 1 / 3, 0.0])
     masked = label_scores(maps, Truth((1, 0, 3, 1), np.array([[False, True, False, False]])))
@@ -121,27 +121,29 @@ def test_means_in_chunks_are_plain_means(monkeypatch: pytest.MonkeyPatch) -> Non
         assert found == pytest.approx(np.mean(drawn, axis=0), rel=1e-5)
 
 
-def test_equal_scores_keep_the_label_free_order_and_first_layers_are_out() -> None:
+def test_ties_keep_the_label_free_order_and_excluded_layers_are_left_out() -> None:
     scores = np.array([[9.0, 9.0], [0.5, 0.5], [0.7, 0.5]])
-    assert rank_by_score(scores, FREE) == [(2, 0), (1, 0), (1, 1), (2, 1)]
+    assert rank_by_score(scores, LABEL_FREE) == [(2, 0), (1, 0), (1, 1), (2, 1)]
 
 
 def test_shrinkage_by_hand() -> None:
     """n = 5, n0 = 15: a quarter of the labels, three quarters of the label-free ranking."""
     scores = np.array([[9.0, 9.0], [0.0, 0.2], [0.1, 0.4]])
-    assert shrink_scores(scores, FREE, 5, "none", 15) is scores
-    places = shrink_scores(scores, FREE, 5, "ranks", 15)
+    assert shrink_scores(scores, LABEL_FREE, 5, "none", 15) is scores
+    places = shrink_scores(scores, LABEL_FREE, 5, "ranks", 15)
     # by label: 2-1, 1-1, 2-0, 1-0; label-free: 1-0, 1-1, 2-0, 2-1; places 1, 2/3, 1/3, 0
     assert places == pytest.approx(np.array([[0, 0], [0.75, 2 / 3], [1 / 3, 0.25]]))
-    blended = shrink_scores(scores, FREE, 5, "scores", 15)
-    # the highest frequency is that of a layer that is left out: .9
+    blended = shrink_scores(scores, LABEL_FREE, 5, "scores", 15)
+    # the highest frequency, .9, is that of an excluded layer
     frequencies = np.array([[0.8, 0.4], [0.2, 0.0]]) / 0.9
     assert blended[1:] == pytest.approx(0.25 * scores[1:] / 9 + 0.75 * frequencies)
 
 
 def test_many_labels_outweigh_the_label_free_ranking() -> None:
     scores = np.array([[0.0, 0.0], [0.0, 0.2], [0.1, 0.4]])
-    few, many = (rank_by_score(shrink_scores(scores, FREE, n, "ranks", 10), FREE)[0] for n in (1, 1000))
+    few, many = (
+        rank_by_score(shrink_scores(scores, LABEL_FREE, n, "ranks", 10), LABEL_FREE)[0] for n in (1, 1000)
+    )
     assert (few, many) == ((1, 0), (2, 1))
 
 
@@ -154,10 +156,10 @@ def sampled(num: int = 40) -> NDArray[np.float64]:
 def test_ranking_of_the_first_draw_and_its_spread() -> None:
     scores = sampled()
     recipe = LabelRecipe("mass", num_labels=5, num_trials=4, seed=7)
-    found = rank_by_labels(scores, FREE, recipe)
+    found = rank_by_labels(scores, LABEL_FREE, recipe)
     rng = np.random.default_rng(7)
     means = [scores[np.sort(rng.choice(40, 5, replace=False))].mean(axis=0) for _ in range(4)]
-    assert [head.address for head in found.kept] == rank_by_score(means[0], FREE)
+    assert [head.address for head in found.kept] == rank_by_score(means[0], LABEL_FREE)
     for head in found.kept:
         assert head.score == pytest.approx(means[0][head.address])
         assert head.score_std == pytest.approx(np.std([mean[head.address] for mean in means]))
@@ -165,41 +167,41 @@ def test_ranking_of_the_first_draw_and_its_spread() -> None:
     assert [head.address for head in found.heads if not head.kept] == [(0, 0), (0, 1)]
 
 
-def test_all_labels_resample_for_the_spread() -> None:
+def test_the_spread_of_all_labels_is_from_a_bootstrap() -> None:
     scores = sampled()
-    found = rank_by_labels(scores, FREE, LabelRecipe("mass", num_trials=3))
+    found = rank_by_labels(scores, LABEL_FREE, LabelRecipe("mass", num_trials=3))
     assert found.top(1) == [(2, 1)] and found.spread == "bootstrap" and found.num_samples == 40
     assert found.kept[0].score == pytest.approx(scores[:, 2, 1].mean())
     assert all((head.score_std or 0) > 0 for head in found.kept)
 
 
 def test_ranking_survives_json() -> None:
-    found = rank_by_labels(sampled(), FREE, LabelRecipe("mass"))
+    found = rank_by_labels(sampled(), LABEL_FREE, LabelRecipe("mass"))
     again = HeadRanking.from_json(json.loads(json.dumps(found.to_json())))
     assert again.kept[0].score == pytest.approx(found.kept[0].score, abs=1e-6)
-    assert HeadRanking.from_json(FREE.to_json()).kept[0].score is None
+    assert HeadRanking.from_json(LABEL_FREE.to_json()).kept[0].score is None
 
 
 @pytest.mark.parametrize(("pool", "wanted"), [(0, None), (4, 5)])
 def test_too_few_labels(pool: int, wanted: int | None) -> None:
     with pytest.raises(ValueError, match=r"labelled sample|num_labels=5: only 4"):
-        rank_by_labels(np.zeros((pool, 3, 2)), FREE, LabelRecipe("mass", num_labels=wanted))
+        rank_by_labels(np.zeros((pool, 3, 2)), LABEL_FREE, LabelRecipe("mass", num_labels=wanted))
 
 
-def test_curve_judges_on_pictures_not_drawn() -> None:
+def test_curve_is_evaluated_on_images_not_drawn() -> None:
     scores, quality = sampled(), sampled()[::-1].copy()
-    pictures = [f"picture {i // 2}" for i in range(40)]
+    images = [f"image {i // 2}" for i in range(40)]
     recipe = LabelRecipe("mass", num_trials=3, seed=5, k=2)
-    curve = quality_curve(scores, quality, FREE, recipe, pictures)
+    curve = quality_curve(scores, quality, LABEL_FREE, recipe, images)
     assert curve.counts == [1, 2, 5, 10, 20]
     for count, found in zip(curve.counts, curve.quality, strict=True):
         rng = np.random.default_rng(5 + count)
         expected = []
         for _ in range(3):
             drawn = rng.choice(40, count, replace=False)
-            seen = {pictures[i] for i in drawn}
-            left = [i for i in range(40) if pictures[i] not in seen]
-            first = rank_by_score(scores[np.sort(drawn)].mean(axis=0), FREE)[:2]
+            seen = {images[i] for i in drawn}
+            left = [i for i in range(40) if images[i] not in seen]
+            first = rank_by_score(scores[np.sort(drawn)].mean(axis=0), LABEL_FREE)[:2]
             expected.append(np.mean([quality[left, layer, head].mean() for layer, head in first]))
         assert found == pytest.approx(expected)
     means = quality.mean(axis=0)
@@ -304,8 +306,8 @@ def test_the_stage_resumes_and_writes(front: Front, calls: Calls, monkeypatch: p
             assert refused.status == status and said in one_line(refused.err)
 
 
-def test_shrinkage_towards_the_heads_that_move(front: Front) -> None:
-    """The label-free part is that of criteria=robust; its statistics serve both, and `rank` goes by them."""
+def test_shrinkage_towards_sensitive_heads(front: Front) -> None:
+    """The label-free ranking is that of criteria=robust; `rank` reads its statistics."""
     robust = (*SCENES, "criteria=robust", "criteria.mirrored=2")
     assert front.finder(*robust).status == 0
     free = json.loads((front.out / "heads.json").read_text())["heads"]
@@ -331,27 +333,20 @@ def test_shrinkage_towards_the_heads_that_move(front: Front) -> None:
     assert (front.out / "heads.json").read_bytes() == written
 
 
-def test_a_killed_stage_goes_on(front: Front, calls: Calls) -> None:
+def test_a_killed_stage_resumes(front: Front, calls: Calls) -> None:
     whole = front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=whole")
     asked = len(calls)
     calls.fail_at = asked + 2
     front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=parts")
     calls.fail_at = None
-    assert (
-        front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=parts").status
-        == whole.status
-        == 0
-    )
+    resumed = front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=parts")
+    assert resumed.status == whole.status == 0
     assert len(calls) == 2 * asked
-    files = [
-        Path(f"{folder}/tiny/{name}")
-        for folder in ("whole", "parts")
-        for name in ("labels.json", "heads.csv")
-    ]
-    assert files[0].read_bytes() == files[2].read_bytes() and files[1].read_bytes() == files[3].read_bytes()
+    for name in ("labels.json", "heads.csv"):
+        assert Path(f"whole/tiny/{name}").read_bytes() == Path(f"parts/tiny/{name}").read_bytes()
 
 
-def test_another_truth_is_scored_anew(front: Front, image: Image.Image) -> None:
+def test_another_truth_is_scored_again(front: Front, image: Image.Image) -> None:
     image.save("one.png")
     scores = []
     for box in ([0, 0, 160, 90], [0, 0, 80, 90]):
@@ -385,7 +380,7 @@ def test_wrong_use_is_one_line(front: Front, image: Image.Image) -> None:
 
 
 def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded model writes no box; where it is taken to write one, its tokens' maps are what counts."""
+    """The embedded model writes no box; patched to write one, its tokens' maps are scored."""
     words = (*SCENES, "heads_by=vrh", "model.native_box=paligemma")
     silent = front.finder(*words)
     assert silent.status == 1 and "which holds no box" in silent.out + silent.err
@@ -399,11 +394,11 @@ def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.Monkey
     assert front.finder(*words).status == 0
     heads = front.json("heads.json")
     found = heads["found_with"]
-    assert (found["heads_by"], found["conv_mode"], found["query_token"]) == (
+    assert [found[name] for name in ("heads_by", "conv_mode", "query_token")] == [
         "vrh",
         "native_box",
         "answer_span",
-    )
+    ]
     assert front.json("labels.json")["quality"].startswith("mean attention of the generated")
     noted = front.finder(*SCENES[1:], "stage=ground", f"heads={front.out}/heads.json", "segmenter=none")
     assert (
@@ -411,7 +406,7 @@ def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.Monkey
     )
 
 
-def test_heads_are_not_judged_on_their_labels(front: Front) -> None:
+def test_heads_are_not_evaluated_on_their_labels(front: Front) -> None:
     front.finder(*SCENES, "heads_by=mass")
     heads = "heads=outputs/localization_heads/tiny/heads.json"
     refused = front.finder(*SCENES, "stage=evaluate", heads, "controls=false")

@@ -1,4 +1,4 @@
-"""Selection frequency by hand, against an obvious second implementation, and the record on disk."""
+"""Selection frequency by hand and against a plain second implementation; the record and its JSON."""
 
 import json
 import math
@@ -18,14 +18,16 @@ from localization_heads.heads.one_sample import select_by_entropy, select_in_sam
 from localization_heads.heads.ranking import random_draws, rank_heads
 from localization_heads.heads.ready import describe_difference, preset_of
 from localization_heads.heads.record import HeadRanking, RankedHead
+from localization_heads.options.compose import preset
 from localization_heads.options.groups import CriteriaOptions
 
 INF = math.inf
+PUBLISHED = CriteriaOptions.of(preset("criteria", "published"))
 ALL = CriteriaOptions(exclude_layers=0, tau=0.0)
 
 
-def obvious_marks(sums, entropy, kept, top_n):
-    """Criterion 2 of one sample with a sorted list of tuples."""
+def obvious_selection(sums, entropy, kept, top_n):
+    """Criterion 2 in one sample with a sorted list of tuples."""
     layers, heads = entropy.shape
     candidates = sorted(
         (float(entropy[layer, head]), -float(sums[layer, head]), layer, head)
@@ -56,7 +58,7 @@ def obvious_frequency(sums, entropies, samples, options, top_n):
     ]
     counts = np.zeros((layers, heads))
     for sample in samples:
-        for address in obvious_marks(sums[sample], entropies[sample], kept, top_n):
+        for address in obvious_selection(sums[sample], entropies[sample], kept, top_n):
             counts[address] += 1
     return tau, counts / len(samples), kept
 
@@ -102,27 +104,27 @@ def test_heads_selected_in_one_sample(entropy, sums, kept, more, expected):
 
 class TestFrequency:
     def test_by_hand(self):
-        # Three samples, one layer of four heads, two marks a sample; tau 0.3 drops head 3.
+        # Three samples, one layer of four heads, of which each sample selects two; tau 0.3 drops head 3.
         sums = np.tile(np.array([[0.6, 0.5, 0.4, 0.1]]), (3, 1, 1))
         entropies = np.array([[[0.0, 1.0, 2.0, 0.0]], [[2.0, 1.0, 0.0, 0.0]], [[1.0, 1.0, 1.0, 0.0]]])
         options = CriteriaOptions(exclude_layers=0, tau=0.3)
         ranking = rank_heads(sums, entropies, options=options, top_n=2)
-        # marked: {0, 1}, {2, 1}, {0, 1} (a tie: the higher sums)
+        # selected: {0, 1}, {2, 1}, {0, 1} (a tie: the higher sums)
         assert frequencies(ranking, (1, 4)).tolist() == [[2 / 3, 1.0, 1 / 3, 0.0]]
         assert ranking.top(3) == [Head(0, 1), Head(0, 0), Head(0, 2)]
         assert [head.kept for head in ranking.heads] == [True, True, True, False]
         assert [head.spatial_entropy for head in ranking.heads] == [1.0, 1.0, 1.0, 0.0]
         assert (ranking.tau, ranking.num_samples, ranking.top_n) == (0.3, 3, 2)
 
-    def test_criterion_1_is_on_the_average_and_not_on_each_sample(self):
-        # Head 1 is silent in half of the samples, but its average is kept, and it is marked in all of them.
+    def test_criterion_1_applies_to_the_mean_over_samples(self):
+        # Head 1 is silent in half of the samples, but its mean passes, and it is selected in all of them.
         sums = np.array([[[0.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.8]]])
         entropies = np.array([[[0.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 0.0, 1.0]]])
         ranking = rank_heads(sums, entropies, options=CriteriaOptions(exclude_layers=0, tau=0.3), top_n=1)
         assert frequencies(ranking, (1, 4)).tolist() == [[0.0, 1.0, 0.0, 0.0]]
 
     def test_each_sample_may_have_its_own_elbow(self):
-        """As the published code has it: what is counted is how often a head is among the first of a sample."""
+        """As in the published code."""
         # Elbows: 0.2, 0.3 and 0.2. Heads 2 and 3, 0 and 3, 1 and 3 pass; in the last sample 3 has no component.
         sums = np.array([[[0.0, 0.1, 0.2, 1.0]], [[0.3, 0.0, 0.1, 1.0]], [[0.1, 0.7, 0.0, 0.2]]])
         entropies = np.array([[[0.0, 0.0, 1.0, 0.0]], [[0.5, 0.0, 0.0, 0.6]], [[0.0, 2.0, 0.0, INF]]])
@@ -130,7 +132,7 @@ class TestFrequency:
         ranking = rank_heads(sums, entropies, options=options, top_n=1)
         assert frequencies(ranking, (1, 4)).tolist() == [[1 / 3, 1 / 3, 0.0, 1 / 3]]
         assert ranking.tau == pytest.approx(0.7 / 3)
-        assert ranking.top(4) == [(0, 3), (0, 1), (0, 0), (0, 2)]  # 2 passes once, and is kept
+        assert ranking.top(4) == [(0, 3), (0, 1), (0, 0), (0, 2)]  # head 2 passes once and is kept
         both = rank_heads(sums, entropies, options=options, top_n=2)
         assert frequencies(both, (1, 4)).tolist() == [[1 / 3, 1 / 3, 1 / 3, 2 / 3]]
         # The elbow of the averages (0.4, 0.8, 0.3 and 2.2, by 3) is 0.8 / 3: heads 1 and 3, in all samples.
@@ -145,7 +147,7 @@ class TestFrequency:
             CriteriaOptions("mass", elbow_heads="all", bottom_row_filter=True, ties="order", fallback="sum"),
         ],
     )
-    def test_own_elbows_agree_with_a_loop_over_the_samples(self, options, monkeypatch):
+    def test_per_sample_elbows_agree_with_a_loop(self, options, monkeypatch):
         monkeypatch.setattr(ranking_module, "CHUNK_VALUES", 64)
         sums, entropies = random_pool()
         flags = np.random.default_rng(9).random(sums.shape) < 0.3
@@ -170,7 +172,7 @@ class TestFrequency:
         ],
     )
     @pytest.mark.parametrize("top_n", [1, 3, 10])
-    def test_whole_pool_agrees_with_the_obvious_way(self, options, top_n):
+    def test_whole_pool_agrees_with_plain_loops(self, options, top_n):
         sums, entropies = random_pool()
         ranking = rank_heads(sums, entropies, options=options, top_n=top_n)
         tau, expected, kept = obvious_frequency(sums, entropies, range(40), options, top_n)
@@ -178,7 +180,7 @@ class TestFrequency:
         assert ranking.tau is None if options.elbow == "index" else ranking.tau == pytest.approx(tau)
         assert {head.address for head in ranking.kept} == {tuple(at) for at in np.argwhere(kept)}
 
-    def test_trials_agree_with_the_obvious_way(self):
+    def test_trials_agree_with_plain_loops(self):
         sums, entropies = random_pool(samples=60)
         ranking = rank_heads(sums, entropies, top_n=2, num_trials=4, num_samples=25, seed=7)
         rng = np.random.default_rng(7)
@@ -196,7 +198,7 @@ class TestFrequency:
         assert ranking.num_trials == 4
         assert any(head.selection_frequency_std > 0 for head in ranking.heads)
 
-    def test_a_small_pool_has_its_own_frequency_and_a_bootstrap_spread(self):
+    def test_a_small_pool_has_a_bootstrap_spread(self):
         sums, entropies = random_pool(samples=30)
         at_limit = rank_heads(sums, entropies, num_samples=30, num_trials=3, seed=5)
         below = rank_heads(sums, entropies, num_samples=1000, num_trials=3, seed=5)
@@ -212,7 +214,7 @@ class TestFrequency:
             assert head.selection_frequency_std == pytest.approx(expected, abs=1e-12)
         assert any(head.selection_frequency_std > 0 for head in at_limit.heads)
 
-    def test_given_draws_are_those_of_a_larger_pool(self):
+    def test_draws_of_a_larger_pool_can_be_given(self):
         sums, entropies = random_pool(samples=60)
         draws = random_draws(60, num_trials=4, num_samples=25, seed=7)
         drawn = draws.any(axis=0)
@@ -227,13 +229,13 @@ class TestFrequency:
         draws = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
         options = CriteriaOptions(tau=0.1)
         ranking = rank_heads(sums, entropies, draws=draws, options=options, top_n=2)
-        # With a fixed tau every drawn sample marks on its own: four samples, three of them in one trial.
+        # With a fixed tau every drawn sample selects on its own: four samples, three of them in one trial.
         kept = {head.address for head in ranking.kept}
         assert len(kept) > 2
-        marks = [obvious_marks(sums[sample], entropies[sample], np.ones((5, 4)), 99) for sample in range(4)]
         counts = dict.fromkeys(kept, 0)
-        for row in marks:
-            for address in [address for address in row if address in counts][:2]:
+        for sample in range(4):
+            ordered = obvious_selection(sums[sample], entropies[sample], np.ones((5, 4)), 99)
+            for address in [address for address in ordered if address in counts][:2]:
                 counts[address] += 1
         for head in ranking.kept:
             assert head.selection_frequency == counts[head.address] / 4
@@ -248,7 +250,7 @@ class TestFrequency:
         assert any(head.selection_frequency_std > 0 for head in one.heads)
 
     @pytest.mark.parametrize("draws", [np.ones((2, 3), int), np.ones(4, int), np.zeros((2, 4), int)])
-    def test_refuses_draws_of_other_samples(self, draws):
+    def test_draws_of_another_shape_or_without_samples_are_refused(self, draws):
         with pytest.raises(ValueError, match="draws must"):
             rank_heads(*random_pool(samples=4), draws=draws)
 
@@ -258,7 +260,7 @@ class TestFrequency:
         assert sum(head.selection_frequency for head in ranking.heads) == 1.0
         assert all(head.selection_frequency_std == 0 for head in ranking.heads)
 
-    def test_infinite_entropies_are_never_marked_nor_averaged(self):
+    def test_infinite_entropies_are_neither_selected_nor_averaged(self):
         sums = np.full((2, 1, 3), 0.5)
         entropies = np.array([[[INF, INF, 2.0]], [[INF, 1.0, INF]]])
         ranking = rank_heads(sums, entropies, options=ALL, top_n=2)
@@ -279,7 +281,7 @@ class TestFrequency:
         with pytest.raises(ValueError, match="bottom_row_filter needs"):
             rank_heads(sums, entropies, options=options)
 
-    def test_excluded_layers_are_never_kept_nor_marked(self):
+    def test_excluded_layers_are_neither_kept_nor_selected(self):
         sums, entropies = random_pool()
         sums[:, :2] = 1.0
         entropies[:, :2] = 0.0
@@ -295,7 +297,7 @@ class TestOrder:
             sums, entropies, options=CriteriaOptions(exclude_layers=0, tau=0.2), top_n=1, num_samples=1
         )
         order = [(head.layer, head.head) for head in ranking.heads]
-        # L0H2 is marked; the rest by sum; L1H2 has the lowest entropy but is not kept.
+        # L0H2 is selected; the rest by sum; L1H2 has the lowest entropy but is not kept.
         assert order == [(0, 2), (1, 1), (0, 0), (0, 1), (1, 0), (1, 2)]
 
     def test_equal_counts_over_trials_are_a_tie(self):
@@ -314,9 +316,7 @@ class TestOrder:
         assert heads[0].selection_frequency == heads[1].selection_frequency
 
     def test_kept_heads_come_first_whatever_their_sum(self):
-        sums = np.array(
-            [[[0.9, 0.0], [0.1, 0.2]]]
-        )  # the last head stands at the elbow: the index keeps it alone
+        sums = np.array([[[0.9, 0.0], [0.1, 0.2]]])  # the last head is at the elbow: only it is kept
         options = CriteriaOptions(elbow="index", exclude_layers=0)
         ranking = rank_heads(sums, np.full((1, 2, 2), INF), options=options)
         assert [head.address for head in ranking.heads] == [(1, 1), (0, 0), (1, 0), (0, 1)]
@@ -333,8 +333,8 @@ class TestOrder:
             assert min(head.attention_sum for head in ranking.kept) == ranking.tau
 
 
-class TestScale:
-    def test_the_seed_decides(self):
+class TestArguments:
+    def test_equal_seeds_give_equal_rankings(self):
         sums, entropies = random_pool(samples=50)
         first, again, other = (rank_heads(sums, entropies, num_samples=20, seed=seed) for seed in (1, 1, 2))
         assert first == again
@@ -364,7 +364,7 @@ class TestScale:
             ({"options": CriteriaOptions(exclude_layers=3)}, "exclude_layers=3"),
         ],
     )
-    def test_refuses_what_cannot_be_ranked(self, change, message):
+    def test_unusable_arguments_are_refused(self, change, message):
         arguments = {"sums": np.ones((2, 3, 2)), "entropies": np.zeros((2, 3, 2)), **change}
         with pytest.raises(ValueError, match=message):
             rank_heads(arguments.pop("sums"), arguments.pop("entropies"), **arguments)
@@ -399,17 +399,7 @@ class TestRecord:
         assert again.model == ranking.model
 
     def test_options_survive(self):
-        options = CriteriaOptions(
-            "mass",
-            0.001,
-            "index",
-            0,
-            True,
-            elbow_heads="all",
-            per_sample=True,
-            ties="order",
-            fallback="order",
-        )
+        options = replace(PUBLISHED, bottom_row_filter=True)
         ranking = rank_heads(*random_pool(), options=options, bottom_row=np.zeros((40, 5, 4), bool))
         again = HeadRanking.from_json(json.loads(json.dumps(ranking.to_json())))
         assert again.options == options
@@ -418,7 +408,7 @@ class TestRecord:
     @pytest.mark.parametrize(
         ("num_samples", "spread"), [(39, "draws"), (40, "bootstrap"), (1000, "bootstrap")]
     )
-    def test_it_is_recorded_what_the_deviations_are_over(self, num_samples, spread):
+    def test_the_spread_is_recorded(self, num_samples, spread):
         ranking = rank_heads(*random_pool(samples=40), num_samples=num_samples)
         data = ranking.to_json()
         assert (ranking.spread, data["spread"]) == (spread, spread)
@@ -461,14 +451,35 @@ GOOD = HeadRanking(
 
 KEYS = sorted(set(GOOD) - {"criteria", "spread", "pictures"})
 HEAD_KEYS = sorted(GOOD["heads"][0])
+WRONG = {
+    "version": [2, True],
+    "model": [7, None],
+    "num_samples": [0, 1.0],
+    "num_trials": [True],
+    "top_n": ["10", -1],
+    "exclude_layers": [-1, False],
+    "tau": [math.nan, INF, "0.2", 10**400],
+    "heads": [{}, [3], [GOOD["heads"][0]] * 2],
+    "spread": ["guess", None, ["draws"]],
+    "criteria": [[], {"entropy": "volume"}, {"threshold": math.nan}, {"__class__": 1}, {"exclude_layers": 3}],
+    "found_with": [[], {"weights": 7}],
+}
+WRONG_IN_HEAD = {
+    "layer": [-1, True, 3.0],
+    "head": [None],
+    "selection_frequency": [1.5, -0.1, math.nan, None],
+    "selection_frequency_std": [INF],
+    "attention_sum": ["much", True],
+    "spatial_entropy": [math.nan, -1.0],
+}
 
 
 class TestHostileJson:
-    def test_the_example_is_good(self):
+    def test_a_valid_file_is_read(self):
         assert HeadRanking.from_json(GOOD).top(2) == [Head(14, 24), Head(14, 26)]
 
     @pytest.mark.parametrize("data", [None, [], "heads", 3, {}, {"version": 1}])
-    def test_not_a_ranking(self, data):
+    def test_other_json_is_refused(self, data):
         with pytest.raises(UsageError, match=r"heads\.json"):
             HeadRanking.from_json(data)
 
@@ -478,65 +489,20 @@ class TestHostileJson:
             HeadRanking.from_json({name: value for name, value in GOOD.items() if name != key})
 
     @pytest.mark.parametrize("key", HEAD_KEYS)
-    def test_a_heads_missing_key_is_named_with_its_place(self, key):
+    def test_a_missing_key_of_a_head_is_named_with_its_index(self, key):
         broken = {name: value for name, value in GOOD["heads"][1].items() if name != key}
         with pytest.raises(UsageError, match=rf"heads\[1\]: '{key}' is missing"):
             HeadRanking.from_json({**GOOD, "heads": [GOOD["heads"][0], broken]})
 
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("version", 2),
-            ("version", True),
-            ("model", 7),
-            ("model", None),
-            ("num_samples", 0),
-            ("num_samples", 1.0),
-            ("num_trials", True),
-            ("top_n", "10"),
-            ("top_n", -1),
-            ("exclude_layers", -1),
-            ("exclude_layers", False),
-            ("tau", math.nan),
-            ("tau", INF),
-            ("tau", "0.2"),
-            ("tau", 10**400),
-            ("heads", {}),
-            ("heads", [3]),
-            ("heads", [GOOD["heads"][0]] * 2),
-            ("spread", "guess"),
-            ("spread", None),
-            ("spread", ["draws"]),
-            ("criteria", []),
-            ("criteria", {"entropy": "volume"}),
-            ("criteria", {"threshold": math.nan}),
-            ("criteria", {"__class__": 1}),
-            ("criteria", {"exclude_layers": 3}),
-        ],
-    )
-    def test_wrong_values(self, key, value):
+    @pytest.mark.parametrize(("key", "value"), [(key, value) for key in WRONG for value in WRONG[key]])
+    def test_wrong_values_are_refused(self, key, value):
         with pytest.raises(UsageError, match=r"heads\.json"):
             HeadRanking.from_json({**GOOD, key: value})
 
     @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("layer", -1),
-            ("layer", True),
-            ("layer", 3.0),
-            ("head", None),
-            ("selection_frequency", 1.5),
-            ("selection_frequency", -0.1),
-            ("selection_frequency", math.nan),
-            ("selection_frequency", None),
-            ("selection_frequency_std", INF),
-            ("attention_sum", "much"),
-            ("attention_sum", True),
-            ("spatial_entropy", math.nan),
-            ("spatial_entropy", -1.0),
-        ],
+        ("key", "value"), [(key, value) for key in WRONG_IN_HEAD for value in WRONG_IN_HEAD[key]]
     )
-    def test_wrong_values_of_a_head(self, key, value):
+    def test_wrong_values_of_a_head_are_refused_by_name(self, key, value):
         with pytest.raises(UsageError, match=rf"heads\[0\]: '{key}' must be"):
             HeadRanking.from_json({**GOOD, "heads": [{**GOOD["heads"][0], key: value}]})
 
@@ -556,7 +522,7 @@ class TestHostileJson:
                 json.dumps(HeadRanking.from_json({**GOOD, **change}).to_json(), allow_nan=False)
 
 
-def test_the_images_that_heads_were_found_on_are_kept():
+def test_pictures_survive_json():
     ranking = HeadRanking.from_json({**GOOD, "pictures": ["coco:7", "file:0a"]})
     assert ranking.pictures == ("coco:7", "file:0a")
     assert HeadRanking.from_json(ranking.to_json()) == ranking
@@ -568,16 +534,13 @@ FOUND = {
 }  # fmt: skip
 
 
-def test_how_the_heads_were_found_is_kept():
-    """What nobody here knows is passed over; files of earlier versions do not say it."""
+def test_found_with_survives_json():
+    """Unknown keys are ignored; files of earlier versions have none."""
     ranking = HeadRanking.from_json({**GOOD, "found_with": {**FOUND, "heads_by": None, "colour": [1]}})
     assert ranking.found_with == FOUND
     assert HeadRanking.from_json(ranking.to_json()) == ranking
     assert HeadRanking.from_json(GOOD).found_with is None
     assert "found_with" not in HeadRanking.from_json(GOOD).to_json()
-    for wrong, said in (([], "found_with must be an object"), ({"weights": 7}, "'weights' must be a text")):
-        with pytest.raises(UsageError, match=said):
-            HeadRanking.from_json({**GOOD, "found_with": wrong})
 
 
 @pytest.mark.parametrize(
@@ -593,7 +556,7 @@ def test_how_the_heads_were_found_is_kept():
         ),
     ],
 )
-def test_heads_found_in_another_way(changes, said):
+def test_different_conditions_are_described(changes, said):
     assert describe_difference(FOUND, {**FOUND, **changes}) == said
     assert describe_difference({}, FOUND) is None
     hostile = {"conv_mode": "a\nb" * 1000}
@@ -601,10 +564,5 @@ def test_heads_found_in_another_way(changes, said):
 
 
 def test_criteria_are_named_by_their_preset():
-    published = CriteriaOptions(
-        entropy="mass", threshold=0.001, elbow="index", exclude_layers=0, elbow_heads="all", per_sample=True,
-        ties="order", fallback="order",
-    )  # fmt: skip
-    assert [preset_of(options) for options in (CriteriaOptions(), published, CriteriaOptions(tau=0.5))] == [
-        "paper", "published", None,
-    ]  # fmt: skip
+    options = [CriteriaOptions(), PUBLISHED, CriteriaOptions(tau=0.5)]
+    assert [preset_of(one) for one in options] == ["paper", "published", None]

@@ -1,4 +1,4 @@
-"""The read-outs beyond the paper's: peaks cut, thresholds, components, edges between cells, the refined box."""
+"""Read-outs beyond the paper's: limited peaks, components, sub-cell edges, instances, refined boxes, combined maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from small_maps import block, grounded
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import NotFiniteError
-from localization_heads.grounding.binarise import threshold
 from localization_heads.grounding.ground import ground_instances, ground_maps
 from localization_heads.grounding.maps import limit_peaks
 from localization_heads.grounding.shapes import containing_peak, largest_mass, level_crossings
@@ -25,12 +24,12 @@ from localization_heads.segmentation.segmenter import refine
 
 
 class TestPeaks:
-    def test_a_lone_cell_is_capped_and_an_object_is_not(self):
+    def test_a_sink_is_capped_and_an_object_is_not(self):
         sink = np.full((7, 7), 1.0)
         sink[3, 3] = 50.0
         assert limit_peaks(sink, 10.0)[3, 3] == 10.0 and limit_peaks(sink, 60.0)[3, 3] == 50.0
-        thing = block((7, 7), slice(2, 5), slice(2, 5), 50.0)  # 9 cells: the seventh highest is one of them
-        assert np.array_equal(limit_peaks(thing, 1.0), thing)
+        solid = block((7, 7), slice(2, 5), slice(2, 5), 50.0)  # 9 cells: the seventh highest is one of them
+        assert np.array_equal(limit_peaks(solid, 1.0), solid)
 
     @given(hnp.arrays(np.float64, st.tuples(st.integers(3, 7), st.integers(3, 7)), elements=st.floats(0, 9)))
     def test_agrees_with_a_plain_loop(self, grid):
@@ -39,23 +38,9 @@ class TestPeaks:
             seventh = sorted(around.ravel(), reverse=True)[6]
             assert limit_peaks(grid, 2.0)[row, column] == min(grid[row, column], 2.0 * seventh)
 
-    def test_a_grid_of_one_row(self):
-        row = np.array([[1.0, 1, 40, 1, 1, 1]])  # no neighbourhood of seven cells
+    def test_windows_of_fewer_than_seven_cells_are_not_capped(self):
+        row = np.array([[1.0, 1, 40, 1, 1, 1]])
         assert np.array_equal(limit_peaks(row, 2.0), row)
-
-
-class TestThresholds:
-    def test_mean_of_the_image_leaves_the_padding_out(self):
-        grid = np.array([[40.0, 40, 40], [1, 3, 9]])
-        shown = np.array([[False] * 3, [True] * 3])
-        assert threshold(grid, GroundingOptions(), shown) == pytest.approx(133 / 6)
-        assert threshold(grid, GroundingOptions(mean_of="image"), shown) == pytest.approx(13 / 3)
-
-    def test_large_lowers_the_threshold_where_most_is_object(self):
-        grid = np.array([[4.0, 4.0], [4.0, 0.0]])  # mean 3, sum of squares over sum: 48 / 12 = 4
-        assert threshold(grid, GroundingOptions(means=1.3)) == pytest.approx(3.9)
-        assert threshold(grid, GroundingOptions(means=1.3, large=0.7)) == pytest.approx(2.8)
-        assert threshold(grid, GroundingOptions(means=1.0, large=1.0)) == pytest.approx(3.0)
 
 
 MASS = np.array([[9.0, 0, 4, 4, 4], [0, 0, 0, 0, 0], [5, 5, 0, 0, 1]])
@@ -75,18 +60,16 @@ class TestComponents:
         found = grounded(MASS, component=component)  # the mean is 32 / 15
         assert {tuple(cell) for cell in np.argwhere(found.cells).tolist()} == cells
 
-    def test_of_equal_masses_the_first(self):
+    def test_the_first_of_equal_ones_is_taken(self):
         mass = np.array([[0.1, 0.2, 0, 0.3], [0, 0, 0, 0]])  # 0.1 + 0.2 > 0.3 by rounding
-        assert largest_mass(mass > 0, mass[:, ::-1].copy()[:, ::-1])[0, 0]
-        assert largest_mass(mass[:, ::-1] > 0, mass[:, ::-1])[0, 0]
+        for values in (mass, mass[:, ::-1]):
+            assert largest_mass(values > 0, values)[0, 0]
+        peaks = np.array([[3.0, 0, 3.0]])
+        assert containing_peak(peaks > 0, peaks).tolist() == [[True, False, False]]
 
-    def test_of_equal_peaks_the_first(self):
-        mass = np.array([[3.0, 0, 3.0]])
-        assert containing_peak(mass > 0, mass).tolist() == [[True, False, False]]
-
-    def test_no_cell(self):
-        for choose in (largest_mass, containing_peak):
-            assert not choose(np.zeros((2, 2), bool), np.ones((2, 2))).any()
+    @pytest.mark.parametrize("choose", [largest_mass, containing_peak])
+    def test_no_cell(self, choose):
+        assert not choose(np.zeros((2, 2), bool), np.ones((2, 2))).any()
 
 
 class TestEdges:
@@ -96,7 +79,7 @@ class TestEdges:
         assert found.box == pytest.approx((5 + 10 / 3, 0, 25, 10))
         assert grounded([[0, 6, 2, 0]]).box == (10, 0, 20, 10)
 
-    def test_a_side_at_the_grid_or_the_padding_stays(self):
+    def test_a_side_at_the_border_or_the_padding_stays(self):
         grid = [[9, 9, 9], [6, 0, 0], [0, 0, 0]]  # the first row is padding
         seen = {"image_box": (0, -10, 30, 20), "image_size": (30, 20), "mean_of": "image"}
         found = grounded(grid, **seen, edges="interpolated")
@@ -104,7 +87,7 @@ class TestEdges:
 
     @settings(max_examples=60)
     @given(hnp.arrays(np.float64, (4, 5), elements=st.integers(0, 9)), st.integers(1, 8))
-    def test_agrees_with_walking_along_every_row_and_column(self, values, level):
+    def test_agrees_with_walking_outwards_from_every_cell(self, values, level):
         cells = values > level
         if not cells.any():
             return
@@ -113,7 +96,7 @@ class TestEdges:
 
 
 def walked(values, level, cells):
-    """Each side by going outwards from every cell of the region until the line between two centres meets the level."""
+    """Each side by walking outwards from every outermost cell until the line between two centres meets the level."""
 
     def out(row, column, step):
         dy, dx = step
@@ -148,7 +131,7 @@ class TestInstances:
         assert [one.score for one in found] == pytest.approx([12 / 32, 10 / 32, 9 / 32])
         assert len(ground_instances(maps, [Head(0, 0)], GroundingOptions(sigma=0.0), least=0.8)) == 2
 
-    def test_the_first_is_that_of_the_single_box(self):
+    def test_the_first_is_the_single_box(self):
         rng = np.random.default_rng(1)
         for _ in range(20):
             maps = AttentionMaps((rng.random((1, 2, 9, 9)) ** 6).astype(np.float32), (0, 0, 90, 90), (90, 90))
@@ -156,7 +139,7 @@ class TestInstances:
             one, first = ground_maps(maps, heads, options), ground_instances(maps, heads, options)[0]
             assert (one.box, one.score) == (first.box, first.score)
 
-    def test_nothing_stands_out(self):
+    def test_a_flat_map_is_one_instance_without_cells(self):
         maps = AttentionMaps(np.ones((1, 1, 3, 3), np.float32), (0, 0, 30, 30), (30, 30))
         (found,) = ground_instances(maps, [Head(0, 0)])
         assert found.box == (0, 0, 30, 30) and found.score == 0
@@ -181,28 +164,28 @@ class TestSharp:
         without = {**SHARP, "large": None}
         assert not grounded(grid, **without).cells.any()  # 1.5 means are more than the map's maximum
 
-    def test_only_cells_above_the_threshold_before_smoothing(self):
+    def test_trim_leaves_cells_above_the_threshold_before_smoothing(self):
         grid = block((9, 9), slice(3, 6), slice(3, 6), 1.0)
         assert grounded(grid, sigma=1.0).box == (20, 20, 70, 70)
         assert grounded(grid, sigma=1.0, trim=True).box == (30, 30, 60, 60)
 
-    def test_the_point_is_that_of_a_smoother_map(self):
+    def test_the_point_is_taken_from_a_smoother_map(self):
         grid = block((9, 9), slice(5, 8), slice(5, 8), 1.0)
         grid[1, 1] = 1.2
         assert grounded(grid).point == (15, 15)
         assert grounded(grid, point_sigma=1.0).point == grounded(grid, sigma=1.0).point == (65, 65)
 
 
-class Painted:
-    """A segmenter that says what it was started from and answers with a box."""
+class FakeSegmenter:
+    """Records the box it is prompted with and returns a filled box."""
 
-    name = "painted"
+    name = "fake"
 
     def __init__(self, box):
-        self.box, self.started = box, None
+        self.box, self.prompt = box, None
 
     def segment(self, image, grounding):
-        self.started = grounding.box
+        self.prompt = grounding.box
         mask = np.zeros(image.size[::-1], bool)
         x0, y0, x1, y1 = self.box
         mask[y0:y1, x0:x1] = True
@@ -219,22 +202,22 @@ class TestRefined:
             ((28, 28, 68, 68), (30, 30, 60, 60)),  # 900 / 1600: the map's
         ],
     )
-    def test_the_mask_s_box_where_it_agrees(self, mask, box):
+    def test_the_mask_is_taken_if_its_box_agrees(self, mask, box):
         found = grounded(block((9, 9), slice(3, 6), slice(3, 6)))
-        segmenter = Painted(mask)
+        segmenter = FakeSegmenter(mask)
         refined = refine(found, self.image, segmenter, box_from="refined")
-        assert segmenter.started == (10, 10, 80, 80)
+        assert segmenter.prompt == (10, 10, 80, 80)
         assert refined.box == box
         kept = box == mask
-        assert refined.mask_from == ("painted" if kept else "map")
+        assert refined.mask_from == ("fake" if kept else "map")
         rows, columns = np.nonzero(refined.mask)
         assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
 
-    def test_the_start_stays_inside_the_image(self):
+    def test_the_prompt_stays_inside_the_image(self):
         found = grounded(block((9, 9), slice(0, 2), slice(8, 9)))
-        segmenter = Painted((80, 0, 90, 20))
+        segmenter = FakeSegmenter((80, 0, 90, 20))
         refine(found, self.image, segmenter, box_from="refined")
-        assert segmenter.started == (60, 0, 90, 40)
+        assert segmenter.prompt == (60, 0, 90, 40)
 
 
 def test_every_combination_gives_a_box_inside_the_image():
@@ -275,7 +258,7 @@ class TestAggregation:
         expected = [(2 * first + 4 * first + last) / total, last / total, 0]
         assert self.combined(maps, combine="consensus") == pytest.approx(expected)
 
-    def test_maps_that_agree_nowhere_count_the_same(self):
+    def test_maps_without_overlap_have_equal_weights(self):
         assert self.combined(self.maps([1, 0, 0], [0, 0, 1]), combine="consensus").tolist() == [0.5, 0, 0.5]
         assert self.combined(self.maps([1, 0, 3]), combine="consensus").tolist() == [1, 0, 3]
 
@@ -295,10 +278,14 @@ class TestAggregation:
             self.maps([1, 2, 3], answer=np.zeros((1, 1, 2, 3), np.float32))
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_what_is_not_finite_is_found_in_all_of_them(self, value):
+    def test_non_finite_values_are_found_in_all_maps(self, value):
         bad, good = self.maps([1, value, 3]), self.maps([1, 2, 3])
         good.check_finite()
-        beside = [replace(good, others=(bad,)), replace(good, answer=bad.attention)]
-        for maps in (bad, replace(bad, answer=good.attention), *beside):
+        for maps in (
+            bad,
+            replace(bad, answer=good.attention),
+            replace(good, others=(bad,)),
+            replace(good, answer=bad.attention),
+        ):
             with pytest.raises(NotFiniteError, match="NaN"):
                 maps.check_finite()

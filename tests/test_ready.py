@@ -1,4 +1,4 @@
-"""Ready lists: their files, when heads=auto takes one, what is said of it, and how many a ranking finds again."""
+"""Ready lists: their files, when heads=auto takes one, and how a new ranking is compared with them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from tiny_models import save_llava
 
 import localization_heads as lh
 from localization_heads.errors import UsageError
-from localization_heads.heads import ready
 from localization_heads.heads.head import Head, find_duplicate
-from localization_heads.heads.ready import ReadyList, choose_ready, ready_list, ready_lists, shared_heads
+from localization_heads.heads.ready import (
+    ReadyHeads,
+    ReadyList,
+    choose_ready,
+    ready_list,
+    ready_lists,
+    shared_heads,
+)
 from localization_heads.lvlm.checkpoints.spec import KNOWN_SHAPES, known_specs
 from localization_heads.options.compose import compose_options
 from localization_heads.stages.run import ChatRun, Run
@@ -26,10 +32,10 @@ LAYERS_AND_HEADS = {
     "qwen2_5-vl": (28, 28), "qwen3-vl": (36, 32), "internvl": (28, 28), "internvl3_5": (36, 32),
     **{stem: shape[1:3] for stem, shape in KNOWN_SHAPES.items()},
 }  # fmt: skip
-"""Of the language models: Qwen2.5-7B, Qwen3-8B; the others as `KNOWN_SHAPES` has them."""
+"""`(layers, heads)` of the language models: Qwen2.5-7B, Qwen3-8B, and `KNOWN_SHAPES`."""
 
 
-def test_every_list_is_of_a_model_and_sound() -> None:
+def test_every_list_belongs_to_a_model_and_is_valid() -> None:
     used = {name: stem for stem, spec in known_specs().items() for name in spec.lists}
     assert set(used) == set(ready_lists())
     for name, one in ready_lists().items():
@@ -43,16 +49,16 @@ def test_every_list_is_of_a_model_and_sound() -> None:
         assert not spec.heads or ready_list(spec.lists[0]).heads == spec.heads
 
 
-def test_the_page_lists_them() -> None:
+def test_the_docs_list_them() -> None:
     page = (Path(__file__).parents[1] / "docs" / "find-heads.md").read_text(encoding="utf-8")
     for name, one in ready_lists().items():
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         assert f"| {len(one.heads)} |" in row
-        told = {"native_box": ("model's own", "the same"), "referseg": ("`referseg`",)}[one.conv_mode]
-        assert any(word in row for word in told)
+        expected = {"native_box": ("model's own", "the same"), "referseg": ("`referseg`",)}[one.conv_mode]
+        assert any(word in row for word in expected)
 
 
-def test_lists_as_their_sources_have_them() -> None:
+def test_lists_agree_with_their_sources() -> None:
     assert ready_list("paper-llava").heads == PAPER
     fork = ready_list("fork-llava")
     assert (fork.heads[:2], fork.counts[:2]) == ((Head(14, 24), Head(14, 26)), (571, 406))
@@ -70,7 +76,7 @@ def test_lists_as_their_sources_have_them() -> None:
         assert shared >= 15 if one.language_model == other.language_model else shared <= 1
 
 
-def test_a_list_is_taken_with_its_prompt_and_query_token_alone() -> None:
+def test_a_list_is_taken_only_with_its_prompt_and_query_token() -> None:
     names = ("paper-llava", "fork-llava")
     found = choose_ready(PAPER, names, "referseg", "last")
     assert (found.heads, found.of, found.advice) == (PAPER, ready_list("paper-llava"), "")
@@ -84,8 +90,8 @@ def test_a_list_is_taken_with_its_prompt_and_query_token_alone() -> None:
         assert refused.heads == () and len(refused.why_not) == 2 and said in refused.advice
         assert refused.advice.endswith("or take it all the same with heads=paper-llava")
     own = (Head(3, 1),)
-    assert choose_ready(own, names, "chat", "last").heads == own  # the user's own, of which nothing is known
-    assert choose_ready((), (), "chat", "last") == ready.ReadyHeads()
+    assert choose_ready(own, names, "chat", "last").heads == own  # the user's own
+    assert choose_ready((), (), "chat", "last") == ReadyHeads()
     with pytest.raises(
         UsageError, match="there is no ready list of heads named paper_llava; did you mean paper-llava"
     ):
@@ -130,7 +136,7 @@ def test_options_choose_lists() -> None:
         _ = run_of("model.lists=[nobody]", "model.heads=[]").ready_heads
 
 
-def test_a_conversation_asks_as_the_heads_were_found() -> None:
+def test_a_conversation_uses_the_prompt_of_its_heads() -> None:
     run = ChatRun(
         compose_options("chat", "model=llava", "conv_mode=chat", "query=it"), "llava", ("model=llava",)
     )
@@ -138,7 +144,7 @@ def test_a_conversation_asks_as_the_heads_were_found() -> None:
     assert (run.heads_found_with or {})["conv_mode"] == "referseg"
 
 
-def test_overlap_by_hand_and_by_chance() -> None:
+def test_shared_heads_by_hand_and_by_chance() -> None:
     heads = [Head(0, n) for n in range(4)]
     assert shared_heads(heads, heads, 4) == (4, 4, 4.0)
     assert shared_heads(heads[:2], heads[::-1], 4) == (0, 2, 1.0)
@@ -151,39 +157,37 @@ def test_overlap_by_hand_and_by_chance() -> None:
 
 @pytest.fixture
 def with_list(front: Front, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a random model, for which a list called `theirs` is known."""
+    """The folder of a random model, and a ready list for it called `theirs`."""
     heads = (Head(3, 0), Head(3, 1), Head(2, 2), Head(3, 3), Head(2, 0))
     theirs = ReadyList("theirs", "someone, 2026", "a model", heads, "plain", "last")
     every: dict[str, Any] = {**ready_lists(), "theirs": theirs}
-    for module in (ready, "localization_heads.head_choice", "localization_heads.stages.run"):
-        target = (
-            f"{module}.ready_lists"
-            if isinstance(module, str)
-            else "localization_heads.heads.ready.ready_lists"
-        )
-        monkeypatch.setattr(target, lambda: every)
+    for module in ("heads.ready", "head_choice", "stages.run"):
+        monkeypatch.setattr(f"localization_heads.{module}.ready_lists", lambda: every)
     return save_llava(front.folder / "model")
 
 
 def test_a_new_ranking_is_compared_with_the_list(front: Front, with_list: Path, image: Image.Image) -> None:
     image.save("one.png")
-    lines = [
-        {"id": f"e{n}", "prompt": "the red car", "image_path": "one.png", "bbox": [0, 0, 50, 50]}
-        for n in (1, 2)
-    ]
-    Path("data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    line = {"prompt": "the red car", "image_path": "one.png", "bbox": [0, 0, 50, 50]}
+    Path("data.jsonl").write_text("\n".join(json.dumps({"id": f"e{n}", **line}) for n in (1, 2)))
     words = ("data_file=data.jsonl", f"model.name={with_list}", "model.lists=[theirs]", "model.label=random")
-    # four layers of four heads, the first two left out
+    out = Path("outputs/localization_heads/random")
+
+    def grounded_with() -> tuple[Any, Any, set[Any]]:
+        """The source and the names of the heads in metrics.json, and the sources in predictions.jsonl."""
+        choices = json.loads((out / "metrics.json").read_text())["choices"]
+        lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+        return choices["heads_from"], choices["heads"], {line.get("heads_from") for line in lines}
+
+    # four layers of four heads, of which the first two layers are excluded
     found = front.finder("stage=find", *words, "criteria.tau=0", "report=false")
     assert found.status == 0, found.err
-    ranked = json.loads(Path("outputs/localization_heads/random/heads.json").read_text())["heads"]
-    first = {(head["layer"], head["head"]) for head in ranked[:5]}
-    shared = len(first & set(ready_list("theirs").heads))
+    shared = len(set(ranked_heads(out)[:5]) & set(ready_list("theirs").heads))
     said = f"theirs (someone, 2026): {shared} of its first 5 heads are among the first 5 found; by chance 3.1"
     assert said in found.out
     labelled = front.finder("stage=find", *words, "heads_by=mass", "report=false")
     assert "theirs (someone, 2026): " in labelled.out
-    ground = (
+    evaluate = (
         "stage=evaluate",
         *words,
         "segmenter=none",
@@ -191,35 +195,30 @@ def test_a_new_ranking_is_compared_with_the_list(front: Front, with_list: Path, 
         "allow_leakage=true",
         "report=false",
     )
-    taken = front.finder(*ground, "conv_mode=plain")
+    taken = front.finder(*evaluate, "conv_mode=plain")
     assert "heads=auto: the first 3 of theirs (someone, 2026)" in taken.out
-    metrics = json.loads(Path("outputs/localization_heads/random/metrics.json").read_text())["choices"]
-    assert (metrics["heads_from"], metrics["heads"]) == ("theirs (someone, 2026)", ["L3H0", "L3H1", "L2H2"])
-    lines = Path("outputs/localization_heads/random/predictions.jsonl").read_text().splitlines()
-    assert {json.loads(line)["heads_from"] for line in lines} == {"theirs (someone, 2026)"}
-    # under another prompt the list is left, the ranking just made is taken, and both are said
-    other = front.finder(*ground, "conv_mode=referseg")
-    assert (
-        "heads=auto: no ready list of heads fits: theirs (someone, 2026) was found with conv_mode=plain"
-        in other.err
-    )
-    best = [f"L{head['layer']}H{head['head']}" for head in json.loads(
-        Path("outputs/localization_heads/random/heads.json").read_text()
-    )["heads"][:3]]  # fmt: skip
-    metrics = json.loads(Path("outputs/localization_heads/random/metrics.json").read_text())["choices"]
-    assert (metrics["heads_from"], metrics["heads"]) == (None, best)
-    lines = Path("outputs/localization_heads/random/predictions.jsonl").read_text().splitlines()
-    assert not any("heads_from" in json.loads(line) for line in lines)
+    source = "theirs (someone, 2026)"
+    assert grounded_with() == (source, ["L3H0", "L3H1", "L2H2"], {source})
+    # with another prompt the heads of the new ranking are taken, and the reason is given
+    other = front.finder(*evaluate, "conv_mode=referseg")
+    assert f"heads=auto: no ready list of heads fits: {source} was found with conv_mode=plain" in other.err
+    best = [str(Head(*head)) for head in ranked_heads(out)[:3]]
+    assert grounded_with() == (None, best, {None})
 
 
-def test_heads_that_a_model_lacks(front: Front, image: Image.Image) -> None:
+def ranked_heads(folder: Path) -> list[tuple[int, int]]:
+    return [
+        (head["layer"], head["head"]) for head in json.loads((folder / "heads.json").read_text())["heads"]
+    ]
+
+
+def test_a_list_of_another_model_is_refused(front: Front, image: Image.Image) -> None:
     image.save("one.png")
     refused = front.finder("stage=ground", "image_file=one.png", "query=the car", "heads=vrh-internvl")
     assert refused.status == 2 and "heads: there is no L16H20; the layers are 0 to 5" in refused.err
 
 
-def test_files_say_how_they_were_made(front: Front, image: Image.Image) -> None:
-    """The viewer and `visualize` take known heads as all other stages do: where they fit, else with a note."""
+def test_viewers_note_heads_found_with_another_prompt(front: Front, image: Image.Image) -> None:
     image.save("a.png")
     words = ("stage=collect", "image_file=a.png", "query=the dog")
     assert front.finder(*words, "save_id=last").status == 0

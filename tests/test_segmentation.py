@@ -1,4 +1,4 @@
-"""Masks: prompts by hand, geometry held against the families' own processors, GrabCut on drawn images, tiny SAMs."""
+"""Segmenters: prompts by hand, geometry against the families' own processors, GrabCut on drawn images, tiny SAMs."""
 
 from __future__ import annotations
 
@@ -47,25 +47,23 @@ def square(side: int = 9, start: int = 2, stop: int = 7) -> np.ndarray:
 
 class TestInteriorPoints:
     def test_by_hand(self):
-        # depths in the 5 x 5 block: 3 cells in the middle, 2 around it; half of 3 is reached by the inner 3 x 3
+        # depths in the 5 x 5 block: 3 cells at the centre, 2 around it; the inner 3 x 3 are at least half as deep
         points = interior_points(grounded(square()), 9)
-        assert points[0] == (45, 45)  # the deepest
-        assert set(points[1:5]) == {
-            (35, 35), (55, 35), (35, 55), (55, 55),
-        }  # then the corners, far from all before  # fmt: skip
+        assert points[0] == (45, 45)  # the deepest, then the corners, which are the farthest
+        assert set(points[1:5]) == {(35, 35), (55, 35), (35, 55), (55, 55)}
         assert len(points) == len(set(points)) == 9
 
-    def test_the_stronger_of_equals_comes_first(self):
+    def test_ties_go_to_the_stronger_cell(self):
         grid = square()
         grid[5, 5] = 2
         assert interior_points(grounded(grid, component="all"), 2)[1] == (55, 55)
 
-    def test_points_lie_on_what_the_image_shows(self):
-        # the first column of cells lies half in the padding: its visible part is 5 pixels wide
+    def test_points_are_centres_of_the_visible_part_of_cells(self):
+        # half of the first column of cells is padding: its visible part is 5 pixels wide
         found = grounded([[9.0, 0, 0]], (-5, 0, 25, 10), (25, 10))
         assert interior_points(found, 3) == [(2.5, 5)]
 
-    def test_an_arc_gets_no_point_in_its_hollow(self):
+    def test_points_lie_on_cells_and_not_in_the_hollow_of_an_arc(self):
         grid = np.zeros((7, 7))
         grid[0:2] = grid[:, 0:2] = grid[5:7] = 1
         found = grounded(grid)
@@ -79,7 +77,7 @@ class TestInteriorPoints:
     @given(
         hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8)), st.integers(1, 6)
     )
-    def test_compact_spread_and_away_from_the_border(self, mask, count):
+    def test_points_are_deep_and_far_apart(self, mask, count):
         found = grounded(mask)
         points = interior_points(found, count)
         if not found.cells.any():
@@ -95,7 +93,7 @@ class TestInteriorPoints:
         assert len(cells) == len(set(cells)) == min(count, len(core))
         assert set(cells) <= set(core)
         assert depth[cells[0]] == pytest.approx(max(depth.values()))
-        for n in range(1, len(cells)):  # nobody else was farther from those before
+        for n in range(1, len(cells)):  # no other cell is farther from the points before
 
             def gap(cell, before=tuple(cells[:n])):
                 return min(np.hypot(cell[0] - r, cell[1] - c) for r, c in before)
@@ -108,15 +106,15 @@ class TestMapLogits:
         found = grounded([[0.0, 1, 5]])  # mean 2; a frame of one pixel a cell
         frame = Frame((30, 10), side=6, inner=(6, 2))
         logits = map_logits(found, frame, 6)
-        # two pixels a cell, a quarter of a cell from its centre; logits of the cells: -10, -5, 10
+        # two pixels per cell, a quarter of a cell from its centre; logits of the cells: -10, -5, 10
         assert logits[0] == pytest.approx([-10, -8.75, -6.25, -1.25, 6.25, 10])
         assert (logits[2:] == -LOGIT).all()  # the padding below the image
 
-    def test_the_grid_beyond_the_image_is_not_shown(self):
-        # padded by the model to a square of 4 x 4 cells: the rows 0 and 3 hold no image
+    def test_cells_outside_the_image_have_the_lowest_logit(self):
+        # padded to a square of 4 x 4 cells: rows 0 and 3 show no image
         found = grounded(np.arange(16.0).reshape(4, 4), (0, -10, 40, 30), (40, 20))
         logits = map_logits(found, Frame.squashed((40, 20), 8), 8)
-        # the first and the last cell of the rows 1 and 2 are the smallest and the largest that the image shows
+        # the first cell of row 1 and the last of row 2 are the minimum and the maximum on the image
         assert (logits[0, 0], logits[-1, -1]) == (-LOGIT, LOGIT)
         assert logits[2, 4] == pytest.approx(
             10 * (6.25 - 7.5) / (7.5 - 4), abs=1
@@ -125,8 +123,8 @@ class TestMapLogits:
 
     @pytest.mark.parametrize("size", [(160, 90), (90, 160), (64, 64), (640, 200)])
     @pytest.mark.parametrize("make", [Frame.padded, Frame.squashed])
-    def test_the_peak_lies_where_the_processor_puts_its_pixels(self, size, make):
-        """Traced: an image with one bright cell goes where the map's peak goes."""
+    def test_the_peak_lies_where_resizing_puts_its_pixels(self, size, make):
+        """An image with one bright cell is resized, and compared with the logits of a map with that cell as peak."""
         grid = np.zeros((8, 8))
         grid[5, 2] = 1
         found = grounded(grid, (0, 0, *size), size)
@@ -141,7 +139,7 @@ class TestMapLogits:
         assert abs(rows.mean() - bright[:, 0].mean()) <= 1
         assert abs(columns.mean() - bright[:, 1].mean()) <= 1
 
-    def test_cropped_models_say_nothing_of_what_they_did_not_see(self):
+    def test_cropped_regions_have_the_lowest_logit(self):
         found = grounded(square(8, 2, 6), (40, 0, 120, 80), (160, 80))
         logits = map_logits(found, Frame.squashed((160, 80), 16), 16)
         assert (logits[:, :4] == -LOGIT).all() and (logits[:, 12:] == -LOGIT).all()
@@ -166,7 +164,7 @@ def sam(request) -> Sam:
     return Sam(TINY[request.param](), family, family.mean, family.std)
 
 
-def told(sam: Sam, *prompt: str, **options) -> Sam:
+def with_prompts(sam: Sam, *prompt: str, **options) -> Sam:
     return Sam(sam.model, sam.family, sam.mean, sam.std, prompt=prompt, **options)
 
 
@@ -175,7 +173,7 @@ SIZES = [(160, 90), (90, 160), (64, 64), (33, 50), (501, 499)]
 
 class TestGeometry:
     @pytest.mark.parametrize("size", SIZES)
-    def test_pixels_are_those_of_sams_processor(self, size):
+    def test_pixels_agree_with_sams_processor(self, size):
         family = FAMILIES["sam"]
         sam = Sam(TINY["sam"](), family, family.mean, family.std)
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
@@ -185,7 +183,7 @@ class TestGeometry:
         assert sam.pixel_values(image) == pytest.approx(theirs["pixel_values"], abs=1e-4)
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_masks_come_back_as_sams_processor_brings_them(self, size):
+    def test_masks_are_resized_as_by_sams_processor(self, size):
         frame = Frame.padded(size, SIDE)
         logits = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
         processor, _ = sam_processor(SIDE)
@@ -198,7 +196,7 @@ class TestGeometry:
         assert (on_image(logits, frame) == theirs[0][0, 0]).all()
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_coordinates_are_those_of_the_processors(self, size):
+    def test_coordinates_agree_with_the_processors(self, size):
         from transformers import SamProcessor
         from transformers.models.sam2.processing_sam2 import Sam2Processor
 
@@ -214,21 +212,21 @@ class TestGeometry:
             ours = box.numpy() * (across, down, across, down)
             assert np.asarray(theirs).reshape(1, 4) == pytest.approx(ours, rel=1e-5)
 
-    def test_a_mask_comes_back_to_where_its_prompt_was(self, sam):
-        """The map as logits, brought back as if the model had answered with its prompt."""
+    def test_a_mask_lies_where_its_prompt_does(self, sam):
+        """The map's logits, resized to the image as if they were the model's answer."""
         for size in (160, 90), (90, 160), (501, 499):
             found = grounded(square(8, 2, 5), (0, 0, *size), size)
             frame = sam.frame(size)
             logits = map_logits(found, replace(frame, side=SIDE), 64)
             back = on_image(torch.from_numpy(logits), frame).numpy()
             x0, y0, x1, y1 = found.box
-            # bilinear values cross the threshold (mean 9/64, peak 1) a little outside the active cells
+            # bilinear values cross the threshold (mean 9/64, peak 1) a little outside the positive cells
             margin = 0.5 * max(size) / 8 + max(size) / 64
             assert np.abs(np.array(tight_box(back)) - (x0, y0, x1, y1)).max() <= margin
             assert back[int((y0 + y1) / 2), int((x0 + x1) / 2)]
 
 
-def test_grabcut_proposes_what_is_not_of_the_rims_colours():
+def test_grabcut_proposes_objects_of_other_colours_than_the_rim():
     image = Image.new("RGB", (200, 100), (90, 90, 90))
     draw = ImageDraw.Draw(image)
     for box, colour in (((20, 20, 59, 69), "red"), ((110, 30, 169, 79), "blue")):
@@ -240,7 +238,7 @@ def test_grabcut_proposes_what_is_not_of_the_rims_colours():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (300, 1), (5, 5)])
-def test_grabcut_proposes_nothing_of_next_to_nothing(size):
+def test_grabcut_proposes_nothing_in_tiny_or_uniform_images(size):
     found = GrabCut().propose(Image.new("L", size))
     assert found.shape == (0, *proposal_size(size)[::-1])
 
@@ -252,14 +250,14 @@ class TestSam:
         masks = []
         for count in (1, 2, 3):
             for prompt in itertools.combinations(("box", "points", "map"), count):
-                masks.append(told(sam, *prompt).segment(image, found))
+                masks.append(with_prompts(sam, *prompt).segment(image, found))
                 assert masks[-1].shape == (90, 160) and masks[-1].dtype == bool
-        assert len({mask.tobytes() for mask in masks}) == len(masks)  # each prompt is heard
+        assert len({mask.tobytes() for mask in masks}) == len(masks)  # each prompt has an effect
 
-    def test_prompts_are_in_the_square(self, sam):
+    def test_prompts_are_in_pixels_of_the_square(self, sam):
         found = grounded(square(), (0, 0, 160, 90), (160, 90))
         frame = sam.frame((160, 90))
-        prompts = told(sam, "box", "points", "map", num_points=2).prompts(found, frame)
+        prompts = with_prompts(sam, "box", "points", "map", num_points=2).prompts(found, frame)
         down = SIDE / 90 if sam.family.squashes else SIDE / 160
         x0, y0, x1, y1 = found.box
         expected = [x0 * SIDE / 160, y0 * down, x1 * SIDE / 160, y1 * down]
@@ -272,7 +270,7 @@ class TestSam:
         assert prompts["input_masks"].shape == (1, 1, side, side)
 
     def test_signed_points_are_labelled(self, sam):
-        """An L: its box has cells that are not the object's, and the lowest of them are background."""
+        """The box of an L contains cells that are not the object's; the lowest of them are background."""
         cells = np.zeros((8, 8))
         cells[1:6, 1:3] = cells[4:6, 1:6] = 1.0
         cells[1:4, 3:6] = 0.1
@@ -282,25 +280,27 @@ class TestSam:
         assert background_points(found, 2) == [(90.0, 25.0), (110.0, 15.0)]
         frame = sam.frame((160, 80))
         down = SIDE / 80 if sam.family.squashes else SIDE / 160
-        prompts = told(sam, "points", num_points=2, points="signed").prompts(found, frame)
+        prompts = with_prompts(sam, "points", num_points=2, points="signed").prompts(found, frame)
         places = [*interior_points(found, 2), (90.0, 25.0), (110.0, 15.0)]
         expected = np.array([[x * SIDE / 160, y * down] for x, y in places])
         assert prompts["input_points"][0, 0].numpy() == pytest.approx(expected)
         assert prompts["input_labels"].tolist() == [[[1, 1, 0, 0]]]
         image = noise(160, 80)
-        masks = [told(sam, "points", points=kind).segment(image, found) for kind in ("positive", "signed")]
-        assert (masks[0] != masks[1]).any()  # the labels are heard
+        masks = [
+            with_prompts(sam, "points", points=kind).segment(image, found) for kind in ("positive", "signed")
+        ]
+        assert (masks[0] != masks[1]).any()  # the labels have an effect
 
-    def test_a_full_box_has_no_background(self, sam):
+    def test_a_box_full_of_the_object_has_no_background_points(self, sam):
         found = grounded(square(8, 2, 5))
         assert background_points(found, 3) == []
-        prompts = told(sam, "points", points="signed").prompts(found, sam.frame(found.image_size))
+        prompts = with_prompts(sam, "points", points="signed").prompts(found, sam.frame(found.image_size))
         assert prompts["input_labels"].tolist() == [[[1, 1, 1]]]
 
-    def test_three_masks_the_best_is_taken(self, sam):
+    def test_the_best_of_three_masks_is_taken(self, sam):
         image = noise(80, 80)
         found = grounded(square(8))
-        many = told(sam, "box", multimask=True)
+        many = with_prompts(sam, "box", multimask=True)
         with torch.inference_mode():
             output = sam.model(
                 image_embeddings=many.encode(image),
@@ -312,7 +312,7 @@ class TestSam:
         assert (many.segment(image, found) == on_image(best, many.frame(image.size)).numpy()).all()
 
     def test_proposals_are_the_masks_of_a_grid_of_points(self, sam, monkeypatch):
-        """Against each point by itself, in order; those that the model scores low, and repetitions, are left out."""
+        """Against each point by itself; masks with a low predicted IoU and duplicates are left out."""
         monkeypatch.setattr(sams, "GRID_SIZE", 3)
         monkeypatch.setattr(sams, "MIN_PREDICTED_IOU", -np.inf)
         image = noise(400, 300)
@@ -326,23 +326,22 @@ class TestSam:
                         image_embeddings=sam.encode(image), input_points=point.float(), multimask_output=True,
                         input_labels=torch.ones((1, 1, 1), dtype=torch.int32),
                     )  # fmt: skip
-                drawn = replace(frame, image_size=(256, 192))
-                expected += [on_image(logits, drawn).numpy() for logits in output.pred_masks[0, 0]]
+                small = replace(frame, image_size=(256, 192))
+                expected += [on_image(logits, small).numpy() for logits in output.pred_masks[0, 0]]
                 scores += output.iou_scores[0, 0].tolist()
         found = sam.propose(image)
         assert found.shape[1:] == (192, 256) and found.dtype == bool
         different = {mask.tobytes() for mask in expected if mask.any()}
         close = [max((one == mask).mean() for mask in expected) for one in found]
-        assert (
-            len(found) == pytest.approx(len(different), abs=1) and min(close) > 0.999
-        )  # batches round differently
+        assert len(found) == pytest.approx(len(different), abs=1)  # batches round differently
+        assert min(close) > 0.999
         monkeypatch.setattr(sams, "MIN_PREDICTED_IOU", np.median(scores))
         assert 0 < len(sam.propose(image)) < len(found)
         monkeypatch.setattr(sams, "MIN_PREDICTED_IOU", np.inf)
         assert sam.propose(image).shape == (0, 192, 256)
 
     def test_an_image_is_encoded_once(self, sam, monkeypatch):
-        fresh, calls = told(sam, "box"), []
+        fresh, calls = with_prompts(sam, "box"), []
         encode = type(sam.model).get_image_embeddings
         monkeypatch.setattr(
             type(sam.model),
@@ -358,15 +357,15 @@ class TestSam:
             fresh.segment(image, found)
         assert len(calls) == 6
         assert (fresh.segment(images[0], found) == first).all()
-        assert len(calls) == 7  # only the last few are kept
+        assert len(calls) == 7  # only the last few are cached
         turned = Image.frombytes("RGB", (30, 40), images[0].tobytes())
         fresh.encode(turned)
-        assert len(calls) == 8  # the same bytes in another shape are another image
+        assert len(calls) == 8  # the same bytes in another shape
 
-    def test_the_image_goes_in_as_the_model_alone_would_take_it(self, sam):
+    def test_cached_embeddings_give_the_mask_of_a_full_forward_pass(self, sam):
         image = noise(80, 80)
         found = grounded(square(8))
-        one = told(sam, "box")
+        one = with_prompts(sam, "box")
         pixels = torch.from_numpy(one.pixel_values(image))
         with torch.inference_mode():
             prompts = one.prompts(found, one.frame(image.size))
@@ -377,7 +376,7 @@ class TestSam:
     @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
     def test_odd_images(self, sam, size):
         found = grounded(square(8), (0, 0, *size), size)
-        mask = told(sam, "box", "points", "map").segment(Image.new("RGB", size), found)
+        mask = with_prompts(sam, "box", "points", "map").segment(Image.new("RGB", size), found)
         assert mask.shape == size[::-1]
 
 
@@ -395,12 +394,12 @@ class TestCheckpoints:
         plain = Sam(sam.model, sam.family, loaded.mean, loaded.std, prompt=("box",))
         assert (loaded.segment(image, found) == plain.segment(image, found)).all()
 
-    def test_another_family_is_named(self, sam, saved):
+    def test_a_checkpoint_of_another_family_is_refused(self, sam, saved):
         other = next(kind for kind in FAMILIES if kind != sam.family.kind)
         with pytest.raises(UsageError, match=f"write segmenter={sam.family.kind}"):
             load_sam(SegmenterOptions(other, str(saved)))
 
-    def test_missing_weights_are_no_model(self, sam, saved):
+    def test_missing_weights_are_refused(self, sam, saved):
         from safetensors.torch import load_file, save_file
 
         weights = load_file(saved / "model.safetensors")
@@ -410,7 +409,7 @@ class TestCheckpoints:
         with pytest.raises(WorkError, match="lacks 1 tensor"):
             load_sam(SegmenterOptions(sam.family.kind, str(saved)))
 
-    def test_broken_weights_are_one_line(self, sam, saved):
+    def test_broken_weights_are_a_one_line_error(self, sam, saved):
         (saved / "model.safetensors").write_bytes(b"nothing")
         with pytest.raises(WorkError, match=r"segmenter\.name=") as caught:
             load_sam(SegmenterOptions(sam.family.kind, str(saved)))
@@ -424,7 +423,7 @@ class TestCheckpoints:
             ("facebook/sam-vit-huge", "Without a network"),
         ],
     )
-    def test_what_is_not_there_says_what_to_do(self, name, error):
+    def test_a_missing_checkpoint_says_what_to_do(self, name, error):
         with pytest.raises((UsageError, WorkError), match=error) as caught:
             load_sam(SegmenterOptions("sam", name))
         assert "segmenter=grabcut" in str(caught.value)
@@ -434,7 +433,7 @@ class TestCheckpoints:
             load_sam(SegmenterOptions("sam", str(tmp_path)))
 
 
-def drawn(size=(160, 120), box=(50, 30, 110, 90)) -> tuple[Image.Image, np.ndarray]:
+def disc(size=(160, 120), box=(50, 30, 110, 90)) -> tuple[Image.Image, np.ndarray]:
     """A red disc on a green field with some noise, and its true mask."""
     noise = np.random.default_rng(0).normal(0, 8, (*size[::-1], 3))
     field = Image.new("RGB", size, (40, 140, 60))
@@ -457,25 +456,25 @@ def disc_grounding(size=(160, 120)) -> Grounding:
 
 class TestGrabCut:
     def test_finds_the_disc(self):
-        image, truth = drawn()
+        image, truth = disc()
         found = disc_grounding()
         mask = GrabCut().segment(image, found)
         assert iou(mask, truth) > 0.95 > 0.8 > iou(found.pseudo_mask, truth)
 
-    def test_is_repeatable(self):
-        image, _ = drawn()
+    def test_is_deterministic(self):
+        image, _ = disc()
         first = GrabCut().segment(image, disc_grounding())
         np.random.default_rng(0).random(100)
         assert (GrabCut().segment(image, disc_grounding()) == first).all()
 
-    def test_a_large_image_is_worked_on_small(self, monkeypatch):
+    def test_a_large_image_is_segmented_at_a_small_size(self, monkeypatch):
         seen = []
         original = grabcut.cut
         monkeypatch.setattr(
             grabcut, "cut", lambda pixels, *rest: seen.append(pixels.shape) or original(pixels, *rest)
         )
         size = (4000, 3000)
-        image, truth = drawn()
+        image, truth = disc()
         image, truth = image.resize(size), np.asarray(Image.fromarray(truth).resize(size))
         mask = GrabCut().segment(image, disc_grounding(size))
         assert max(seen[0]) <= grabcut.WORKING_SIDE
@@ -485,10 +484,14 @@ class TestGrabCut:
     def test_initial_labels_by_hand(self):
         heat = np.array([[9.0, 9, 9, 9], [9, 0, 2, 9], [9, 1, 0, 9]])
         labels = grabcut.initial_labels(heat, (1, 1, 3, 3))
-        assert labels.tolist() == [[0, 0, 0, 0], [0, 2, 3, 0], [0, 2, 2, 0]]  # above 1, the middle of 0 and 2
+        assert labels.tolist() == [
+            [0, 0, 0, 0],
+            [0, 2, 3, 0],
+            [0, 2, 2, 0],
+        ]  # the level is 1, halfway between 0 and 2
 
-    def test_the_piece_that_the_map_points_at_is_kept(self):
-        image, truth = drawn()
+    def test_only_the_component_with_most_of_the_map_is_kept(self):
+        image, truth = disc()
         twin = np.asarray(image).copy()
         twin[95:105, 60:70] = (200, 40, 40)  # of the object's colour, inside the box
         mask = GrabCut().segment(Image.fromarray(twin), disc_grounding())
@@ -496,7 +499,7 @@ class TestGrabCut:
         assert iou(mask, truth) > 0.9
 
     @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 50), (3, 3), (5000, 2)])
-    def test_odd_images_end_in_a_mask_of_their_size(self, size):
+    def test_odd_images_give_a_mask_of_their_size(self, size):
         found = grounded(square(8), (0, 0, *size), size)
         refined = refine(found, Image.new("RGB", size), GrabCut(), box_from="mask")
         assert refined.mask.shape == size[::-1]
@@ -504,24 +507,21 @@ class TestGrabCut:
         x0, y0, x1, y1 = refined.box
         assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
 
-    def test_one_colour_ends_in_some_mask(self):
-        found = disc_grounding()
-        refined = refine(found, Image.new("RGB", (160, 120), "grey"), GrabCut())
-        assert refined.mask.any()
+    def test_a_uniform_image_gives_some_mask(self):
+        assert refine(disc_grounding(), Image.new("RGB", (160, 120), "grey"), GrabCut()).mask.any()
 
-    def test_all_object_is_nothing_to_cut(self):
-        heat = np.ones((5, 5))
-        assert not grabcut.cut(np.zeros((5, 5, 3), np.uint8), heat, (0, 0, 5, 5)).any()
+    def test_without_background_the_mask_is_empty(self):
+        assert not grabcut.cut(np.zeros((5, 5, 3), np.uint8), np.ones((5, 5)), (0, 0, 5, 5)).any()
 
     def test_a_box_at_the_border(self):
-        image, truth = drawn(box=(100, 60, 219, 179))
+        image, truth = disc(box=(100, 60, 219, 179))
         grid = np.zeros((6, 8))
         grid[3:, 5:] = 1
         mask = GrabCut().segment(image, grounded(grid, (0, 0, 160, 120), (160, 120)))
         assert iou(mask, truth) > 0.9
 
-    def test_cropped_models_have_no_heat_outside(self):
-        image, truth = drawn()
+    def test_the_map_of_a_cropped_model(self):
+        image, truth = disc()
         grid = np.zeros((6, 6))
         grid[1:5, 1:5] = 0.6
         grid[2:4, 2:4] = 1
@@ -529,10 +529,10 @@ class TestGrabCut:
         assert iou(GrabCut().segment(image, found), truth) > 0.9
 
 
-class Fixed:
-    """A segmenter that always answers the same."""
+class FakeSegmenter:
+    """Always returns the same mask."""
 
-    name = "fixed"
+    name = "fake"
 
     def __init__(self, mask) -> None:
         self.mask = mask
@@ -544,11 +544,11 @@ class Fixed:
 class TestRefine:
     image = Image.new("RGB", (90, 90))
 
-    def test_the_mask_takes_the_place_of_the_pseudo_mask(self):
+    def test_the_mask_replaces_the_pseudo_mask(self):
         found, mask = grounded(square()), np.zeros((90, 90), dtype=bool)
         mask[30:41, 20:65] = True
-        refined = refine(found, self.image, Fixed(mask))
-        assert (refined.mask == mask).all() and refined.mask_from == "fixed"
+        refined = refine(found, self.image, FakeSegmenter(mask))
+        assert (refined.mask == mask).all() and refined.mask_from == "fake"
         assert (refined.box, refined.score) == (found.box, found.score)
         assert (refined.pseudo_mask == found.pseudo_mask).all()
         assert found.mask_from == "map"
@@ -556,25 +556,23 @@ class TestRefine:
     def test_the_box_of_the_mask(self):
         found, mask = grounded(square()), np.zeros((90, 90), dtype=bool)
         mask[30:40, 15:45] = True
-        refined = refine(found, self.image, Fixed(mask), box_from="mask")
+        refined = refine(found, self.image, FakeSegmenter(mask), box_from="mask")
         assert refined.box == (15, 30, 45, 40)
-        assert refined.score == pytest.approx(
-            2.5 / 25
-        )  # a row of 5 cells from 20 to 70: two and a half of them
+        assert refined.score == pytest.approx(2.5 / 25)  # 2.5 of the 25 cells
 
-    def test_what_changes_nothing(self, caplog):
+    def test_the_grounding_is_unchanged_without_a_mask(self, caplog):
         found = grounded(square())
         flat = grounded(np.ones((9, 9)))
-        full = Fixed(np.ones((90, 90), dtype=bool))
+        full = FakeSegmenter(np.ones((90, 90), dtype=bool))
         assert refine(found, self.image, None, box_from="mask") is found
         assert refine(found, None, full) is found
         assert refine(flat, self.image, full) is flat
         assert not caplog.records
-        nothing = Fixed(np.zeros((90, 90), dtype=bool))
+        nothing = FakeSegmenter(np.zeros((90, 90), dtype=bool))
         assert refine(found, self.image, nothing) is found
         assert "finds nothing" in caplog.text
         refine(found, self.image, nothing, name="scene_7")
-        assert caplog.messages[-1].startswith("scene_7: segmenter=fixed finds nothing in the box")
+        assert caplog.messages[-1].startswith("scene_7: segmenter=fake finds nothing in the box")
         missed = refine(found, self.image, nothing, box_from="mask")
         assert (missed.box, missed.refined, missed.mask_overlap) == (found.box, None, 0.0)
         assert refine(found, Image.new("RGB", (80, 90)), full) is found
@@ -585,8 +583,8 @@ class TestRefine:
             rows, columns = zip(*np.argwhere(mask).tolist(), strict=True)
             assert tight_box(mask) == (min(columns), min(rows), max(columns) + 1, max(rows) + 1)
 
-    def test_it_is_what_the_figure_shows(self, tmp_path):
-        image, _ = drawn()
+    def test_the_figure_names_the_segmenter(self, tmp_path):
+        image, _ = disc()
         refined = refine(disc_grounding(), image, GrabCut())
         figure = plot_grounding(image, refined, tmp_path / "figure.png", expression="the disc")
         assert "mask (grabcut)" in [text.get_text() for text in figure.legends[0].get_texts()]

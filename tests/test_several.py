@@ -347,7 +347,7 @@ def test_a_segmenter_is_needed_for_proposals(lvlm: lh.LVLM) -> None:
 @pytest.mark.parametrize("kind", TINY)
 def test_a_sam_proposes(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The weights are random; a map that attends to what one of the masks covers chooses of them."""
-    monkeypatch.setattr(sams, "SURE", -np.inf)
+    monkeypatch.setattr(sams, "MIN_PREDICTED_IOU", -np.inf)
     family = sams.FAMILIES[kind]
     sam = sams.Sam(TINY[kind](), family, family.mean, family.std)
     image = noise(80, 80)

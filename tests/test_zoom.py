@@ -1,4 +1,4 @@
-"""The second look: its geometry by hand, and `zoom=true` in Python, over a data file, after a kill and on workers."""
+"""The second look (`zoom=true`): its geometry by hand, from Python, over a data file, after a kill."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-5,3-1]", "batch_siz
 
 
 @pytest.mark.parametrize(
-    ("box", "size", "least", "crop"),
+    ("box", "size", "min_side", "crop"),
     [
         ((40, 40, 60, 60), (100, 100), 0, (30, 30, 70, 70)),  # half a box on each side
         ((40, 45, 60, 55), (100, 100), 0, (30, 30, 70, 70)),  # square, whatever the box
-        ((40, 40, 50, 50), (100, 100), 60, (15, 15, 75, 75)),  # no smaller than that
-        ((0, 40, 20, 60), (100, 100), 0, (0, 30, 40, 70)),  # moved inside
+        ((40, 40, 50, 50), (100, 100), 60, (15, 15, 75, 75)),  # the smallest side
+        ((0, 40, 20, 60), (100, 100), 0, (0, 30, 40, 70)),  # shifted into the image
         ((85, 90, 99, 99), (100, 100), 0, (72, 72, 100, 100)),
         ((0, 0, 70, 20), (100, 40), 0, (0, 0, 100, 40)),  # no square fits
         ((10, 5, 40, 20), (100, 40), 0, (0, 0, 60, 40)),
         ((3, 0, 4, 1), (8, 1), 0, (2, 0, 4, 1)),  # one row of pixels
     ],
 )
-def test_crop_by_hand(box: Any, size: Any, least: float, crop: Any) -> None:
-    assert square_around(box, size, least) == crop
+def test_crop_by_hand(box: Any, size: Any, min_side: float, crop: Any) -> None:
+    assert square_around(box, size, min_side) == crop
 
 
 @given(
@@ -54,30 +54,30 @@ def test_crop_by_hand(box: Any, size: Any, least: float, crop: Any) -> None:
     *(st.floats(0, 1, allow_nan=False) for _ in range(4)),
     st.floats(0, 500),
 )
-def test_crops_hold_the_box_and_lie_in_the_image(
-    W: int, H: int, left: float, right: float, top: float, bottom: float, least: float
+def test_crops_contain_the_box_and_lie_in_the_image(
+    W: int, H: int, left: float, right: float, top: float, bottom: float, min_side: float
 ) -> None:
     box = (min(left, right) * W, min(top, bottom) * H, max(left, right) * W, max(top, bottom) * H)
-    x0, y0, x1, y1 = square_around(box, (W, H), least)
+    x0, y0, x1, y1 = square_around(box, (W, H), min_side)
     assert 0 <= x0 < x1 <= W and 0 <= y0 < y1 <= H
     assert x0 <= box[0] + 1 and y0 <= box[1] + 1 and box[2] - 1 <= x1 and box[3] - 1 <= y1
     side = max(x1 - x0, y1 - y0)
     assert x1 - x0 == min(side, W) and y1 - y0 == min(side, H)  # square where it fits
 
 
-def test_the_smallest_crop_is_counted_in_cells() -> None:
-    """Of a grid with padding, too: cells of 10 x 20 pixels, and six of the longer side."""
+def test_the_smallest_crop_is_six_cells_wide() -> None:
+    """Cells of 10 x 20 pixels: six times the longer side."""
     one = block((16, 16), slice(7, 8), slice(7, 8))
     assert crop_around(grounded(one)) == (45, 45, 105, 105)
     assert crop_around(grounded(one, (0, 0, 160, 320), (160, 320))) == (15, 90, 135, 210)
 
 
-def test_no_crop_where_nothing_would_be_gained() -> None:
-    assert crop_around(grounded(np.ones((8, 8)))) is None  # flat: nothing stands out
-    assert crop_around(grounded(block((8, 8), slice(1, 7), slice(1, 7)))) is None  # the crop is the image
+def test_no_crop_of_a_flat_map_or_of_the_whole_image() -> None:
+    assert crop_around(grounded(np.ones((8, 8)))) is None
+    assert crop_around(grounded(block((8, 8), slice(1, 7), slice(1, 7)))) is None
 
 
-def test_back_and_averaged_by_hand() -> None:
+def test_mapping_back_and_averaging_by_hand() -> None:
     assert to_image_pixels((1.5, 0, 10, 8), (30, 20, 70, 60)) == (31.5, 20, 40, 28)
     assert average_boxes((0, 0, 10, 10), (0, 0, 10, 20)) == (0, 0, 10, 15)  # IoU exactly 0.5
     assert average_boxes((0, 0, 10, 10), (0, 0, 10, 20.1)) == (0, 0, 10, 10)
@@ -93,8 +93,8 @@ def test_the_score_is_that_of_the_final_box() -> None:
     assert apply_second_look(first, (70, 70, 80, 80)) is first
 
 
-def test_a_second_look_from_python_is_that_of_the_crop(lvlm: LVLM) -> None:
-    """The box of a crop that is asked about by hand; the mask starts from the final box."""
+def test_a_second_look_from_python_grounds_the_crop(lvlm: LVLM) -> None:
+    """The second box is that of the crop, grounded by hand; the mask starts from the averaged box."""
     image = Image.fromarray(render_scene(TEST_SEEDS.start, size=96).image)
     options = GroundingOptions()
     once = lh.ground(lvlm, image, "panda", options=options, segmenter=None)
@@ -162,7 +162,7 @@ def test_a_killed_second_look_resumes(front: Front, monkeypatch: pytest.MonkeyPa
     assert (front.out / "predictions.jsonl").read_bytes() == whole
 
 
-def test_what_one_look_has_finished_is_not_taken(
+def test_predictions_without_zoom_are_not_resumed_with_it(
     front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
     stub_figures(monkeypatch)
@@ -174,7 +174,7 @@ def test_what_one_look_has_finished_is_not_taken(
     assert {one for chunk in calls for one in chunk} == set(EXPRESSIONS[:4])
 
 
-def test_greedy_heads_look_with_those_of_the_first(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_heads_of_the_first_look_are_kept(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_figures(monkeypatch)
     write_data(front.folder, 2)
     options = ("stage=ground", "data_file=data.jsonl", "heads=greedy")
@@ -196,7 +196,7 @@ def test_greedy_heads_look_with_those_of_the_first(front: Front, monkeypatch: py
         (("stage=ground", "zoom=true", "instances=all"), "leave out zoom= or instances=all"),
     ],
 )
-def test_what_does_not_go_together(front: Front, options: tuple[str, ...], said: str) -> None:
+def test_contradicting_options_are_refused(front: Front, options: tuple[str, ...], said: str) -> None:
     result = front.finder(*options, "data_file=data.jsonl")
     assert result.status == 2
     assert said in one_line(result.err)

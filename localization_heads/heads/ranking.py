@@ -94,8 +94,8 @@ def rank_heads(
     else:
         draws = _non_empty_draws(draws, len(sums))
     trials = spread_trials = _run_trials(pool, draws, options, top_n)
-    is_whole_pool = len(draws) == 1
-    if is_whole_pool:
+    is_single_draw = len(draws) == 1
+    if is_single_draw:
         resamples = _bootstrap_draws(np.random.default_rng(seed), draws[0], num_trials)
         spread_trials = _run_trials(pool, resamples, options, top_n)
     tau, heads = _ranked_heads(trials, spread_trials, options)
@@ -107,7 +107,7 @@ def rank_heads(
         num_trials=num_trials,
         options=options,
         model=model,
-        spread="bootstrap" if is_whole_pool else "draws",
+        spread="bootstrap" if is_single_draw else "draws",
     )
 
 
