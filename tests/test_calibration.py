@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_maps import small_maps
 
-from localization_heads.attention import AttentionMaps
 from localization_heads.cells import mean_box_iou
 from localization_heads.errors import UsageError
 from localization_heads.grounding.confidence import (
@@ -32,8 +32,8 @@ HEADS = [Head(0, 0), Head(0, 1)]
 
 
 def maps(*rows, **more):
-    stack = np.array(rows, dtype=np.float32)[None, :, None]
-    return AttentionMaps(stack, (0, 0, 40, 10), (40, 10), **more)
+    """Each row is a head's map of 1 x 4 cells."""
+    return small_maps(*([row] for row in rows), **more)
 
 
 def test_signals_by_hand():

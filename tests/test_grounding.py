@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from scipy.spatial import ConvexHull
-from small_maps import drawn, flood, grounded
+from small_maps import block, drawn, flood, grounded
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import normalised_heatmap
@@ -132,18 +132,6 @@ class TestHull:
         assume(mask.any())
         assert hull_area(mask) == pytest.approx(obvious_hull_area(mask))
 
-    def test_area_agrees_with_our_own_hull(self):
-        rng = np.random.default_rng(11)
-        for _ in range(1000):
-            mask = rng.random(rng.integers(1, 30, 2)) < rng.random()
-            hull = np.array(
-                convex_hull(
-                    [(x + a, y + b) for y, x in np.argwhere(mask).tolist() for a in (0, 1) for b in (0, 1)]
-                )
-            )
-            x, y = hull.reshape(-1, 2).T
-            assert hull_area(mask) == abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
-
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
     def test_hull_contains_every_point_and_no_collinear_vertex(self, points):
         hull = convex_hull(points)
@@ -254,38 +242,32 @@ class TestBox:
         found = grounded([[1.0, 2.0, 3.0]], means=2)
         assert (found.box, found.score, found.threshold) == ((0, 0, 30, 10), 0.0, math.inf)
 
-    def test_padding_is_undone(self):
-        # A 640x480 image padded to a square: rows 0 to 2 and 21 to 23 of 24 hold no image.
-        grid = np.zeros((24, 24))
-        grid[0:6, 3:9] = 1
-        found = grounded(grid, (0, -80, 640, 560), (640, 480))
-        assert found.box == pytest.approx((80, 0, 240, 80))
-        assert not found.cells[:3].any()
-
-    def test_cells_in_the_padding_are_dropped(self):
-        grid = np.zeros((24, 24))
-        grid[0:3] = 1
-        grid[12, 12] = 0.9
-        found = grounded(grid, (0, -80, 640, 560), (640, 480))
-        assert np.argwhere(found.cells).tolist() == [[12, 12]]
-        assert found.score == 1.0  # mass in the padding does not count
-
-    def test_padding_counts_for_the_mean(self):
-        grid = np.array([[5.0, 5.0], [1.0, 2.0]])  # with the padded first row the mean is 3.25
-        assert grounded(grid, (0, -10, 20, 10), (20, 10)).score == 0.0
-        assert grounded(grid[1:], (0, 0, 20, 10), (20, 10)).box == (10, 0, 20, 10)
-
-    def test_padding_separates_components(self):
-        grid = drawn(".....", "#####", "#.#.#", "#.#.#")  # one comb, whose back lies in the padding
-        found = grounded(grid, (0, -20, 50, 20), (50, 20))
-        assert found.box == (0, 0, 10, 20)
-        assert found.cells.sum() == 2
-
-    def test_a_cell_half_in_the_padding_is_clipped(self):
-        found = grounded(drawn("##..", "##..", "...."), (0, -5, 40, 25), (40, 20))
-        assert found.box == (0, 0, 20, 15)
-        assert found.mask[:15, :20].all()
-        assert found.mask.sum() == 300
+    @pytest.mark.parametrize(
+        ("grid", "image_box", "image_size", "box", "num_cells", "score"),
+        [
+            # Of a 640 x 480 image padded to a square, rows 0 to 2 and 21 to 23 of 24 show nothing.
+            (block((24, 24), slice(0, 6), slice(3, 9)), (0, -80, 640, 560), (640, 480), (80, 0, 240, 80), 18, 1),
+            # Attention in the padding is dropped, from the cells and from the score.
+            (
+                block((24, 24), slice(0, 3), slice(0, 24)) + block((24, 24), slice(12, 13), slice(12, 13), 0.9),
+                (0, -80, 640, 560), (640, 480), (320, 240, 320 + 80 / 3, 240 + 80 / 3), 1, 1,
+            ),
+            # It counts for the mean, which is 3.25 with the first row; without it, 1.5.
+            ([[5.0, 5.0], [1.0, 2.0]], (0, -10, 20, 10), (20, 10), (0, 0, 20, 10), 0, 0),
+            ([[1.0, 2.0]], (0, 0, 20, 10), (20, 10), (10, 0, 20, 10), 1, 2 / 3),
+            # A comb whose back lies in the padding is several components.
+            (
+                drawn(".....", "#####", "#.#.#", "#.#.#"), (0, -20, 50, 20), (50, 20),
+                (0, 0, 10, 20), 2, 1 / 3,
+            ),
+            # Cells that are half padding are clipped.
+            (drawn("##..", "##..", "...."), (0, -5, 40, 25), (40, 20), (0, 0, 20, 15), 4, 1),
+        ],
+    )  # fmt: skip
+    def test_padding_by_hand(self, grid, image_box, image_size, box, num_cells, score):
+        found = grounded(grid, image_box, image_size)
+        assert found.box == pytest.approx(box)
+        assert (found.cells.sum(), found.score) == (num_cells, pytest.approx(score))
 
     @pytest.mark.parametrize(
         ("width", "height", "cells", "padded"), [(640, 480, 24, 3), (147, 98, 18, 3), (1158, 772, 18, 3)]

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
-from small_maps import block, grounded
+from small_maps import block, grounded, heads_of, small_maps
 
-from localization_heads.attention import AttentionMaps
 from localization_heads.errors import NotFiniteError
 from localization_heads.grounding.ground import ground_instances, ground_maps
 from localization_heads.grounding.maps import limit_peaks
@@ -125,23 +124,24 @@ def walked(values, level, cells):
 
 class TestInstances:
     def test_by_hand(self):
-        maps = AttentionMaps(MASS[None, None].astype(np.float32), (0, 0, 50, 30), (50, 30))
-        found = ground_instances(maps, [Head(0, 0)], GroundingOptions(sigma=0.0, component="largest_mass"))
+        maps, options = small_maps(MASS), GroundingOptions(sigma=0.0)
+        found = ground_instances(maps, heads_of(maps), options)
         assert [one.box for one in found] == [(20, 0, 50, 10), (0, 20, 20, 30), (0, 0, 10, 10)]  # 12, 10, 9
         assert [one.score for one in found] == pytest.approx([12 / 32, 10 / 32, 9 / 32])
-        assert len(ground_instances(maps, [Head(0, 0)], GroundingOptions(sigma=0.0), least=0.8)) == 2
+        assert len(ground_instances(maps, heads_of(maps), options, least=0.8)) == 2
 
     def test_the_first_is_the_single_box(self):
-        rng = np.random.default_rng(1)
+        rng, options = np.random.default_rng(1), GroundingOptions(component="largest_mass")
         for _ in range(20):
-            maps = AttentionMaps((rng.random((1, 2, 9, 9)) ** 6).astype(np.float32), (0, 0, 90, 90), (90, 90))
-            heads, options = [Head(0, 0), Head(0, 1)], GroundingOptions(component="largest_mass")
-            one, first = ground_maps(maps, heads, options), ground_instances(maps, heads, options)[0]
+            maps = small_maps(*rng.random((2, 9, 9)) ** 6)
+            one, first = (
+                ground_maps(maps, heads_of(maps), options),
+                ground_instances(maps, heads_of(maps), options)[0],
+            )
             assert (one.box, one.score) == (first.box, first.score)
 
     def test_a_flat_map_is_one_instance_without_cells(self):
-        maps = AttentionMaps(np.ones((1, 1, 3, 3), np.float32), (0, 0, 30, 30), (30, 30))
-        (found,) = ground_instances(maps, [Head(0, 0)])
+        (found,) = ground_instances(small_maps(np.ones((3, 3))), [Head(0, 0)])
         assert found.box == (0, 0, 30, 30) and found.score == 0
 
 
@@ -239,16 +239,12 @@ def test_every_combination_gives_a_box_inside_the_image():
 class TestAggregation:
     """Maps of several heads, of the answer's tokens and of other expressions, put together."""
 
-    size = (30, 10)
-
     def maps(self, *rows, **more):
-        """One layer; each row is a head's map of 1 x 3 cells."""
-        stack = np.array(rows, dtype=np.float32)[None, :, None]
-        return AttentionMaps(stack, (0, 0, *self.size), self.size, **more)
+        """Each row is a head's map of 1 x 3 cells."""
+        return small_maps(*([row] for row in rows), **more)
 
     def combined(self, maps, **options):
-        heads = [Head(0, head) for head in range(maps.num_heads)]
-        return ground_maps(maps, heads, GroundingOptions(sigma=0.0, **options)).combined[0]
+        return ground_maps(maps, heads_of(maps), GroundingOptions(sigma=0.0, **options)).combined[0]
 
     def test_consensus_by_hand(self):
         """The first two overlap by 1, the third with each of them by sqrt(.5)."""
