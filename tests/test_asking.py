@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import family_models_tiled  # noqa: F401 -- more of tiny's families
 import numpy as np
@@ -14,11 +13,11 @@ import pytest
 import torch
 from decoding import variant
 from family_models import tiny
+from front import Calls, read_lines, write_lines
 from PIL import Image
 from test_model_configs import composed
 
 from localization_heads.apps.frontdoor import quote_free_text
-from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import ground_maps
@@ -73,10 +72,9 @@ def test_an_article_in_the_template_replaces_that_of_the_expression() -> None:
 
 def test_mean_of_normalised_by_hand() -> None:
     """Shapes [.5 .5] and [1 0] have the mean [.75 .25]; sums 1 and .2 the mean .6."""
-    found = mean_of_normalised([np.array([[0.5, 0.5]], np.float32), np.array([[0.2, 0.0]], np.float32)])
-    np.testing.assert_allclose(found, [[0.45, 0.15]], **SAME)
-    nothing = mean_of_normalised([np.zeros((1, 2), np.float32), np.array([[0.5, 0.5]], np.float32)])
-    np.testing.assert_allclose(nothing, [[0.125, 0.125]], **SAME)
+    even = np.array([[0.5, 0.5]], np.float32)
+    for other, mean in (([[0.2, 0.0]], [[0.45, 0.15]]), ([[0.0, 0.0]], [[0.125, 0.125]])):
+        np.testing.assert_allclose(mean_of_normalised([np.array(other, np.float32), even]), mean, **SAME)
 
 
 def test_paraphrases_are_averaged(lvlm: LVLM, scenes: Scenes) -> None:
@@ -108,7 +106,7 @@ def test_templates_without_one_placeholder_are_refused(templates: Any) -> None:
         ("[the dog]", "the dog"),
         ("[]", r"\(\)|\[\]"),
         ("[a {},cat]", "cat"),
-        ("[" + ",".join(["a {}"] * 9) + "]", "a {}"),
+        (f"[{','.join(['a {}'] * 9)}]", "a {}"),
     ],
 )
 def test_wrong_paraphrases_on_the_command_line(given: str, named: str) -> None:
@@ -126,13 +124,22 @@ def test_paraphrases_on_the_command_line() -> None:
 # ---------------------------------------------------------------------------------------------------- contrast
 
 
-def test_listed_names_become_expressions() -> None:
-    assert listed_expressions("owl, frog, frog", "the owl plain big owl") == ("the frog",)
-    assert listed_expressions("There are two dogs and a cat.", "the dog") == ("the cat",)
-    assert listed_expressions("", "the dog") == ()
-    assert listed_expressions("The image is one of many things that nobody can name", "x") == ()
-    many = ", ".join(f"thing{n}" for n in range(50))
-    assert len(listed_expressions(many, "dog")) == MAX_SIBLINGS
+@pytest.mark.parametrize(
+    ("answer", "own", "expected"),
+    [
+        ("owl, frog, frog", "the owl plain big owl", ("the frog",)),
+        ("There are two dogs and a cat.", "the dog", ("the cat",)),
+        ("", "the dog", ()),
+        ("The image is one of many things that nobody can name", "x", ()),
+        (
+            ", ".join(f"thing{n}" for n in range(50)),
+            "dog",
+            tuple(f"the thing{n}" for n in range(MAX_SIBLINGS)),
+        ),
+    ],
+)
+def test_listed_names_become_expressions(answer: str, own: str, expected: tuple[str, ...]) -> None:
+    assert listed_expressions(answer, own) == expected
 
 
 def test_other_expressions_are_bounded_and_differ() -> None:
@@ -234,67 +241,49 @@ def test_no_presence_signal_without_tokens_for_yes_and_no() -> None:
 
 
 def test_only_known_single_tokens_spell_yes_and_no() -> None:
-    class Coder:
-        unk_token_id = 0
-        ids: ClassVar = {
-            "yes": [5], "Yes": [6], " yes": [7], " Yes": [6], "no": [0], "No": [1, 2], " no": [0],
-            " No": [0],
-        }  # fmt: skip
+    ids = {"yes": [5], "Yes": [6], " yes": [7], " Yes": [6], "no": [0], "No": [1, 2], " no": [0], " No": [0]}
 
-        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-            return {"input_ids": self.ids[text]}
+    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": ids[text]}
 
-    assert word_token_ids(Coder(), "yes") == (5, 6, 7)
-    assert word_token_ids(Coder(), "no") == ()
+    tokenizer.unk_token_id = 0  # type: ignore[attr-defined]
+    assert word_token_ids(tokenizer, "yes") == (5, 6, 7)
+    assert word_token_ids(tokenizer, "no") == ()
 
 
 @pytest.mark.parametrize("name", ["florence2", "paligemma", "mllama", "qwen3_5", "gemma3"])
 def test_extra_prompts_with_and_without_a_shared_prefix(name: str) -> None:
-    lvlm, image = tiny(name), coordinate_image(190, 110)
-    extra_prompts = ExtraPrompts("background", signals=True)
-    together = lvlm.attend_batch([image] * 2, ["the red car", "the dog"], extra_prompts=extra_prompts)
-    for found in together:
-        plain = lvlm.attend(image, found.query)
-        np.testing.assert_allclose(found.attention, plain.attention, rtol=0, atol=1e-5)
-        (other,) = found.others
-        np.testing.assert_allclose(
-            other.attention, lvlm.attend(image, BACKGROUND).attention, rtol=0, atol=1e-5
-        )
-        alone = lvlm.attend(image, found.query, extra_prompts=extra_prompts)
-        assert alone.answer_logprob == pytest.approx(found.answer_logprob, abs=1e-4)
+    lvlm, image, extra_prompts = (
+        tiny(name),
+        coordinate_image(190, 110),
+        ExtraPrompts("background", signals=True),
+    )
+    expected = {text: lvlm.attend(image, text).attention for text in ("the red car", "the dog", BACKGROUND)}
+    for maps in lvlm.attend_batch([image] * 2, ["the red car", "the dog"], extra_prompts=extra_prompts):
+        (other,) = maps.others
+        for one in (maps, other):
+            np.testing.assert_allclose(one.attention, expected[one.query], rtol=0, atol=1e-5)
+        alone = lvlm.attend(image, maps.query, extra_prompts=extra_prompts)
+        assert alone.answer_logprob == pytest.approx(maps.answer_logprob, abs=1e-4)
 
 
 def test_no_extra_prompts_cost_nothing(lvlm: LVLM, scenes: Scenes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit-identical maps, with no other forward pass and no generation."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("this must not be called")
+
     images, texts = zip(*scenes, strict=True)
-    before = lvlm.prepare(images, texts).run(None)
+    prepared = lvlm.prepare(images, texts).run(None)
     monkeypatch.setattr("localization_heads.lvlm.model.attend_with_extras", refuse)
     monkeypatch.setattr(type(lvlm.model), "generate", refuse)
-    for one, other in zip(
-        before, lvlm.attend_batch(images, texts, extra_prompts=NO_EXTRA_PROMPTS), strict=True
-    ):
+    found = lvlm.attend_batch(images, texts, extra_prompts=NO_EXTRA_PROMPTS)
+    for one, other in zip(prepared, found, strict=True):
         np.testing.assert_array_equal(one.attention, other.attention)
-        assert (other.others, other.answer, other.answer_logprob, other.presence_logit) == (
-            (), None, None, None,
-        )  # fmt: skip
-
-
-def refuse(*_: Any, **__: Any) -> None:
-    raise AssertionError("this must not be called")
+        assert (other.others, other.answer, other.answer_logprob, other.presence_logit) == ((), *[None] * 3)
 
 
 # ------------------------------------------------------------------------------------------------------ stages
-
-
-def data_file(folder: Path, scenes: Scenes) -> Path:
-    lines = []
-    for number, (image, text) in enumerate(scenes[:3]):
-        image.save(folder / f"s{number}.png")
-        for part, expression in enumerate((text, "the owl", "the frog")[: 3 - number]):
-            lines.append({"id": f"e{number}{part}", "prompt": expression, "image_path": f"s{number}.png"})
-    path = folder / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 MORE = (
@@ -307,55 +296,41 @@ MORE = (
 
 @pytest.fixture
 def run_of(tmp_path: Path, scenes: Scenes) -> Callable[..., Run]:
-    data = data_file(tmp_path, scenes)
+    """A run with the given options on six expressions of three scenes."""
+    entries = []
+    for number, (image, text) in enumerate(scenes[:3]):
+        image.save(tmp_path / f"s{number}.png")
+        for part, expression in enumerate((text, "the owl", "the frog")[: 3 - number]):
+            entries.append({"id": f"e{number}{part}", "prompt": expression, "image_path": f"s{number}.png"})
+    fixed = ["device=cpu", "visualize_batch=false", "segmenter=none", "report=false", "batch_size=2"]
+    fixed += ["heads=[4-4,5-6,5-3]", f"data_file={write_lines(tmp_path / 'data.jsonl', entries)}"]
 
-    def made(*options: str, out: str = "out") -> Run:
-        fixed = ("device=cpu", "visualize_batch=false", "segmenter=none", "report=false", "batch_size=2")
-        heads = "heads=[4-4,5-6,5-3]"
-        given = [*fixed, heads, f"data_file={data}", f"output_dir={tmp_path / out}", *options]
-        return Run(composed(*map(quote_free_text, given)))
+    def make(*options: str, out: str = "out") -> Run:
+        return Run(composed(*map(quote_free_text, [*fixed, f"output_dir={tmp_path / out}", *options])))
 
-    return made
+    return make
 
 
-def test_an_interrupted_run_resumes_with_the_same_boxes(
-    run_of: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_of(*MORE, out="whole")
-    ground(whole)
-    killed = run_of(*MORE, out="killed")
-    calls = []
-    attend = LVLM.attend_batch
+def predictions(run: Run, stage: Callable[[Run], Any] = ground) -> list[dict[str, Any]]:
+    stage(run)
+    return read_lines(run.folder / "predictions.jsonl")
 
-    def die(self: LVLM, *arguments: Any, **named: Any) -> list[AttentionMaps]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return attend(self, *arguments, **named)
 
-    monkeypatch.setattr(LVLM, "attend_batch", die)
+def test_an_interrupted_run_resumes_with_the_same_boxes(run_of: Callable[..., Run], calls: Calls) -> None:
+    whole = predictions(run_of(*MORE, out="whole"))
+    calls.restart(fail_at=2)
     with pytest.raises(KeyboardInterrupt):
-        ground(killed)
-    monkeypatch.setattr(LVLM, "attend_batch", attend)
-    again = run_of(*MORE, out="killed")
-    ground(again)
-    same = [(run.folder / "predictions.jsonl").read_text() for run in (whole, again)]
-    assert same[0] == same[1]
-    plain = run_of(out="plain")
-    ground(plain)
-    assert (plain.folder / "predictions.jsonl").read_text() != same[0]
+        ground(run_of(*MORE, out="killed"))
+    calls.restart()
+    assert predictions(run_of(*MORE, out="killed")) == whole
+    assert predictions(run_of(out="plain")) != whole
 
 
 def test_a_batch_grounds_with_the_extra_prompts(run_of: Callable[..., Run]) -> None:
     """Its attention files hold only the expression's maps: the rest is asked once the heads are known."""
-    options = ("grounding.contrast=siblings", "query_token=last_and_answer")
-    boxes = []
-    for stage, out in ((ground, "one"), (batch, "two")):
-        run = run_of(*options, "num_samples=6", out=out)
-        stage(run)
-        lines = map(json.loads, (run.folder / "predictions.jsonl").read_text().splitlines())
-        boxes.append([line["bbox"] for line in lines])
-    np.testing.assert_allclose(boxes[0], boxes[1], atol=1e-3)
+    options = ("grounding.contrast=siblings", "query_token=last_and_answer", "num_samples=6")
+    one, two = (predictions(run_of(*options, out=stage.__name__), stage) for stage in (ground, batch))
+    np.testing.assert_allclose([line["bbox"] for line in one], [line["bbox"] for line in two], atol=1e-3)
 
 
 def test_result_keys_depend_on_siblings_only_if_they_are_asked() -> None:
