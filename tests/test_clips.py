@@ -78,10 +78,6 @@ def merged(name: str) -> int:
     return 2 if name.startswith("qwen") else 1
 
 
-def frames_of(name: str, place: int) -> set[int]:
-    return {n for n in range(5) if n // merged(name) == place}
-
-
 @pytest.mark.parametrize("name", sorted(name for name in VIDEO_FAMILIES if not name.endswith("_moe")))
 def test_footprints_lie_in_their_frames_and_cells(name: str) -> None:
     """Of five frames, so that the last of merged ones is alone."""
@@ -91,7 +87,7 @@ def test_footprints_lie_in_their_frames_and_cells(name: str) -> None:
         cells = sampled_cells(view, skip_border=False)[:: 1 if place == 0 else 4]
         keys = [int(view.index[cell]) for cell in cells]
         for cell, (centre, seen) in zip(cells, footprint(name, clip, keys), strict=True):
-            assert seen == frames_of(name, place)
+            assert seen == {n for n in range(5) if n // merged(name) == place}
             assert np.abs(misplaced(view, cell, centre)).max() < 0.25, (place, cell)
 
 
@@ -371,8 +367,7 @@ def test_moving_scenes_are_evaluated_as_clips(front: Front, monkeypatch: pytest.
     front.succeed(*options, "controls=false")
     assert asked == [pytest.approx([0, 0.2, 0.4])] * 2
     metrics = json.loads((out() / "metrics.json").read_text())
-    assert metrics["choices"]["video"] == "native"
-    assert metrics["choices"]["frames_per_prompt"] == 16
+    assert (metrics["choices"]["video"], metrics["choices"]["frames_per_prompt"]) == ("native", 16)
     assert len(lines()) == 6
 
 

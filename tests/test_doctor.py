@@ -64,22 +64,24 @@ def test_the_embedded_model_passes_and_is_reported(
     assert (tmp_path / "out/tiny/attention/noise_the-dog_doctor.png").is_file()
 
 
+MARKED = {
+    "last": ".",
+    "expression_end": "dog",
+    "expression_mean": "the dog",
+    "answer_first": "(first token of the answer)",
+    "answer_mean": "(tokens of the answer)",
+    "answer_span": "(tokens of the answer)",
+    "last_and_answer": ".(tokens of the answer)",
+}
+
+
 @pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_query_tokens_are_marked_and_checked(image: Image.Image, query_token: str) -> None:
     lvlm = tiny_lvlm(query_token)
     lvlm.answer_span = "any"
     found = examine(lvlm, image, "the dog")
     marked = "".join(piece.text for piece in found.pieces if piece.kind == "query")
-    expected = {
-        "last": ".",
-        "expression_end": "dog",
-        "expression_mean": "the dog",
-        "answer_first": "(first token of the answer)",
-        "answer_mean": "(tokens of the answer)",
-        "answer_span": "(tokens of the answer)",
-        "last_and_answer": ".(tokens of the answer)",
-    }
-    assert marked == expected[query_token]
+    assert marked == MARKED[query_token]
     assert [piece.text for piece in found.pieces if piece.kind == "image"] == ["<image> x 36"]
     assert found.is_well
     assert found.check.difference is not None

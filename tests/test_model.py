@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_models import llava_model, llava_processor
 
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import UsageError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
@@ -148,17 +147,6 @@ def test_each_conv_mode_has_its_own_prompt(image: Image.Image, lvlm: LVLM) -> No
     assert "the dog." in chat
     with pytest.raises(UsageError, match="conv_mode=chat: random has no chat template"):
         random_lvlm("crop").chat_prompt("the dog")
-
-
-def test_out_of_memory_is_an_error_that_names_the_option(
-    lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(lvlm.model.base_model, "forward", full)
-    with pytest.raises(WorkError, match="batch_size"):
-        lvlm.attend(image, "the dog")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(lvlm: LVLM, image: Image.Image) -> None:

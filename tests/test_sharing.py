@@ -179,12 +179,9 @@ def test_an_image_after_the_text_is_not_shared() -> None:
 
 
 def test_why_an_image_is_not_shared() -> None:
-    assert "bidirectional" in (tiny("paligemma").why_not_shared or "")
-    assert "encoder" in (tiny("florence2").why_not_shared or "")
+    for name, word in (("paligemma", "bidirectional"), ("florence2", "encoder")):
+        assert word in (tiny(name).why_not_shared or "")
     assert tiny("llava").why_not_shared is None
-    config = copy.deepcopy(tiny("llava").model.config)
-    config.text_config.rope_parameters = DYNAMIC
-    assert why_not_shared(config) is None
 
 
 def test_rotary_scaling_limits_the_length_that_can_be_shared() -> None:
@@ -192,14 +189,16 @@ def test_rotary_scaling_limits_the_length_that_can_be_shared() -> None:
     config = copy.deepcopy(tiny("llava").model.config)
     assert max_shareable_length(config) == math.inf
     config.text_config.max_position_embeddings = 100
-    config.text_config.rope_parameters = DYNAMIC
-    assert max_shareable_length(config) == 99
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "short_factor": [1.0, 0.5]}
     longrope["original_max_position_embeddings"] = 40
-    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.25]}
-    assert max_shareable_length(config) == 39
-    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.5]}
-    assert max_shareable_length(config) == math.inf
+    for rope, longest in (
+        (DYNAMIC, 99),
+        (longrope | {"long_factor": [1.0, 0.25]}, 39),
+        (longrope | {"long_factor": [1.0, 0.5]}, math.inf),
+    ):
+        config.text_config.rope_parameters = rope
+        assert max_shareable_length(config) == longest
+        assert why_not_shared(config) is None
 
 
 @pytest.mark.parametrize(("kind", "trained"), [("dynamic", 1024), ("longrope", 30), ("longrope", 60)])
@@ -248,7 +247,7 @@ def test_unusable_expressions_are_refused(lvlm: LVLM, image: Image.Image) -> Non
         encoded.attend(["dog " * 5000])
 
 
-@pytest.mark.parametrize("where", ["on_device", "capture_rows"])
+@pytest.mark.parametrize("where", ["on_device", "capture_rows", "forward"])
 def test_out_of_memory_names_the_remedies(
     lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -258,15 +257,14 @@ def test_out_of_memory_names_the_remedies(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(LVLM, where, full)
+    monkeypatch.setattr(lvlm.model.base_model if where == "forward" else LVLM, where, full)
+    texts = ["the dog", "a car"]
     asked: list[Callable[[], object]] = [
-        lambda: lvlm.attend_batch([image] * 2, ["the dog", "a car"]),
-        lambda: lvlm.attend_batch([image, image.copy()], ["the dog", "a car"]),
+        lambda: lvlm.attend_batch([image] * 2, texts),
+        lambda: lvlm.attend_batch([image, image.copy()], texts),
         lambda: lvlm.attend(image, "the dog"),
+        (lambda: lvlm.encode_image(image)) if where == "on_device" else lambda: encoded.attend(texts),
     ]
-    asked.append(
-        (lambda: encoded.attend(["the dog"])) if where == "capture_rows" else lambda: lvlm.encode_image(image)
-    )
     for ask in asked:
         with pytest.raises(OutOfMemoryError, match="batch_size=auto"):
             ask()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -48,24 +48,18 @@ def two_prompts(lvlm: LVLM) -> dict[str, Any]:
 
 def rows_and_written(lvlm: LVLM) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
     """By layer, the captured rows (B, H, K), and what the heads write (tokens, H x D), of two prompts in a batch."""
-    inputs = two_prompts(lvlm)
-    decoder = {"decoder_input_ids": torch.tensor([[2], [2]])} if lvlm.model.config.is_encoder_decoder else {}
+    inputs, decodes = two_prompts(lvlm), lvlm.model.config.is_encoder_decoder
+    decoder = {"decoder_input_ids": torch.tensor([[2], [2]])} if decodes else {}
     written: dict[int, torch.Tensor] = {}
-
-    def watch(layer: int) -> Any:
-        return lambda _, given: written.update({layer: given[0].clone()})
-
-    hooks = [
-        output_projection(lvlm, layer).register_forward_pre_hook(watch(layer))
-        for layer in lvlm.attention_modules
-    ]
-    with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
+    with ExitStack() as hooks, torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
+        for layer in lvlm.attention_modules:
+            hook = output_projection(lvlm, layer).register_forward_pre_hook(
+                lambda _, args, layer=layer: written.update({layer: args[0].clone()})
+            )
+            hooks.callback(hook.remove)
         lvlm.model(**inputs, **decoder, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    if not lvlm.model.config.is_encoder_decoder:  # leave out padding
-        real = inputs["attention_mask"].bool()
-        written = {layer: values[real] for layer, values in written.items()}
+    if not decodes:  # leave out padding
+        written = {layer: values[inputs["attention_mask"].bool()] for layer, values in written.items()}
     return recorder.rows, written
 
 
@@ -232,20 +226,20 @@ def test_invalid_regions_are_refused(lvlm: LVLM, image: Image.Image, region: Any
 
 def test_unsupported_models_and_uses_are_refused(lvlm: LVLM, image: Image.Image) -> None:
     inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
-    with pytest.raises(UsageError, match="there is no L6H0"), lh.steer(lvlm, [(6, 0)], REGION, 1.0):
-        pass
-    with pytest.raises(UsageError, match="finite number"), lh.steer(lvlm, [(4, 0)], REGION, float("inf")):
-        pass
+    cropped = tiny("llava")  # CLIP's processor keeps the middle square
+    unknown = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system="", conv_mode="plain")
+    unknown.model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    for model, head, region, strength, message in (
+        (lvlm, (6, 0), REGION, 1.0, "there is no L6H0"),
+        (lvlm, (4, 0), REGION, float("inf"), "finite number"),
+        (cropped, (0, 0), (0, 0, 20, 90), 1.0, "does not see"),
+        (unknown, (0, 0), REGION, 1.0, r"takes no bias .*=sdpa or eager"),
+    ):
+        with pytest.raises(UsageError, match=message), lh.steer(model, [head], region, strength):
+            model.attend(image, "the dog")
     with pytest.raises(UsageError, match="before the block"), lh.steer(lvlm, [(4, 0)], REGION, 1.0):
         lvlm.model(**inputs)
     with lh.steer(lvlm, [(4, 0)], REGION, 1.0):
         lvlm.attend(image, "the dog")
         with pytest.raises(UsageError, match="open a block for each"):
             lvlm.attend(image.resize((90, 160)), "the dog")
-    cropped = tiny("llava")  # CLIP's processor keeps the middle square
-    with pytest.raises(UsageError, match="does not see"), lh.steer(cropped, [(0, 0)], (0, 0, 20, 90), 1.0):
-        cropped.attend(image, "the dog")
-    unknown = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system="", conv_mode="plain")
-    unknown.model.config.get_text_config()._attn_implementation = "flash_attention_2"
-    with pytest.raises(UsageError, match=r"takes no bias .*=sdpa or eager"):
-        lh.steer(unknown, [(0, 0)], REGION, 1.0).__enter__()

@@ -201,32 +201,40 @@ class RecordingSegmenter:
         return grounding.mask
 
 
-def test_the_grounding_heads_choose_the_image() -> None:
+@pytest.fixture
+def looked_at() -> AttentionMaps:
     """Most heads look at the first image, but the three that ground look at the second."""
     maps = random_maps((8, 8), (6, 10), peaks=(5, 0))
     for layer, head in HEADS:
         maps.images[0].attention[layer, head] = 1e-4
         maps.images[1].attention[layer, head, 1:4, 2:6] = 1
-    found = grounder().ground(maps, None)
-    assert (maps.image_index, found.image_index, found.image_size) == (0, 1, (100, 60))
-    alone = grounder().ground(maps.images[1], None)
-    assert found.box == alone.box
-    np.testing.assert_array_equal(found.mask, alone.mask)
+    return maps
+
+
+def test_the_grounding_heads_choose_the_image(looked_at: AttentionMaps) -> None:
+    first, second = (grounder().ground(maps, None) for maps in looked_at.images)
+    found = grounder().ground(looked_at, None)
+    assert (looked_at.image_index, found.image_index, found.image_size) == (0, 1, (100, 60))
+    assert found.box == second.box
+    np.testing.assert_array_equal(found.mask, second.mask)
     assert [one.chosen for one in found.each] == [False, True]
     assert sum(one.image_share or 0 for one in found.each) == pytest.approx(1)
-    each = grounder(each_image=True).ground(maps, None)
-    assert [one.chosen for one in each.each] == [True, True]
-    assert each.each[0].box == grounder().ground(maps.images[0], None).box
-    every = grounder().ground_all(maps, None)
-    assert {one.image_index for one in every} == {1} and every[0].box == found.box
-    assert every[0].each[0].box == found.each[0].box
-    assert [one.each[1].box for one in every] == [one.box for one in every]
-    segmenter = RecordingSegmenter()
-    images = LoadedImages([Image.new("RGB", one.image_size) for one in maps.images])
-    assert len(grounder(segmenter=segmenter).ground_all(maps, images)) == len(segmenter.sizes)
-    assert set(segmenter.sizes) == {(100, 60)}  # none in the other image
+    each = grounder(each_image=True).ground(looked_at, None).each
+    assert [one.chosen for one in each] == [True, True]
+    assert each[0].box == first.box
     with pytest.raises(lh.UsageError, match="no calibration is one of several images"):
-        grounder(abstain=0.5).ground(maps, None)
+        grounder(abstain=0.5).ground(looked_at, None)
+
+
+def test_all_objects_are_found_in_the_chosen_image(looked_at: AttentionMaps) -> None:
+    found, segmenter = grounder().ground(looked_at, None), RecordingSegmenter()
+    every = grounder().ground_all(looked_at, None)
+    assert {one.image_index for one in every} == {1}
+    assert (every[0].box, every[0].each[0].box) == (found.box, found.each[0].box)
+    assert [one.each[1].box for one in every] == [one.box for one in every]
+    images = LoadedImages([Image.new("RGB", one.image_size) for one in looked_at.images])
+    assert len(grounder(segmenter=segmenter).ground_all(looked_at, images)) == len(segmenter.sizes)
+    assert set(segmenter.sizes) == {(100, 60)}  # none in the other image
 
 
 def test_siblings_are_contrasted_within_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,23 +258,22 @@ def test_siblings_are_contrasted_within_the_same_image(monkeypatch: pytest.Monke
 
 
 def test_an_entry_may_list_images(tmp_path: Path) -> None:
-    for number in range(2):
-        draw_image(tmp_path / f"{number}.png", number)
+    a, b = (draw_image(tmp_path / f"{number}.png", number) for number in range(2))
     good = {"id": "a", "prompt": "the dog", "image_path": ["0.png", "1.png"]}
-    bad = [
-        ({**good, "id": "b", "bbox": [0, 0, 9, 9]}, "'bbox' belongs to one: leave it out"),
-        ({**good, "id": "c", "image_path": ["0.png"]}, "1 given, but it must be 2 to 32"),
-        ({**good, "id": "d", "image_path": ["0.png", "gone.png"]}, "gone.png"),
-        ({**good, "id": "e", "image_path": ["0.png", ["1.png"]]}, "'image_path' must be text"),
-        ({**good, "id": "f", "image_path": ["0.png"] * 33}, "33 given, but it must be 2 to 32"),
-        ({**good, "id": "g", "masks": [[[0, 0, 9, 0, 9, 9]]]}, "'masks' belongs to one: leave it out"),
-    ]
-    file = load_samples(write_lines(tmp_path / "data.jsonl", [good, *(line for line, _ in bad)]))
+    bad: dict[str, dict[str, Any]] = {
+        "'bbox' belongs to one: leave it out": {"bbox": [0, 0, 9, 9]},
+        "'masks' belongs to one: leave it out": {"masks": [[[0, 0, 9, 0, 9, 9]]]},
+        "1 given, but it must be 2 to 32": {"image_path": ["0.png"]},
+        "33 given, but it must be 2 to 32": {"image_path": ["0.png"] * 33},
+        "gone.png": {"image_path": ["0.png", "gone.png"]},
+        "'image_path' must be text": {"image_path": ["0.png", ["1.png"]]},
+    }
+    wrong = [{**good, "id": f"b{number}", **change} for number, change in enumerate(bad.values())]
+    file = load_samples(write_lines(tmp_path / "data.jsonl", [good, *wrong]))
     (sample,) = file.samples
-    assert sample.image_file == f"{tmp_path / '0.png'} + {tmp_path / '1.png'}"
-    assert sample.at(1).image_file == str(tmp_path / "1.png")
-    for found, (_, said) in zip(file.bad, bad, strict=True):
-        assert said in found.reason
+    assert (sample.image_file, sample.at(1).image_file) == (f"{a} + {b}", str(b))
+    for found, message in zip(file.bad, bad, strict=True):
+        assert message in found.reason
 
 
 def test_the_pixels_of_a_prompts_images_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,10 +363,8 @@ def test_ground_takes_a_list_and_equals_python(front: Front, saved: str) -> None
     apart = lh.ground(lh_model(saved), [a, b], "the red car", HEADS)
     assert [one.image_size for one in apart] == [(64, 48), (80, 120)] and not apart[0].each
     front.succeed(*options, "together=false")
-    assert [line["id"] for line in read_lines(only("predictions.jsonl"))] == [
-        "a_the-red-car",
-        "b_the-red-car",
-    ]
+    ids = [line["id"] for line in read_lines(only("predictions.jsonl"))]
+    assert ids == ["a_the-red-car", "b_the-red-car"]
     front.succeed(*options, "image_boxes=one")
     (line,) = read_lines(only("a-b_the-red-car_prediction.jsonl"))
     assert [one["bbox"] is None for one in line["images"]] == [n != line["image_index"] for n in range(2)]
@@ -371,10 +376,8 @@ def lh_model(saved: str) -> LVLM:
 
 def write_entries(folder: Path, count: int = 3) -> None:
     names = [draw_image(folder / f"{n}.png", n, (64 + 16 * n, 48)).name for n in range(count + 1)]
-    entries = [
-        {"id": f"e{n}", "prompt": EXPRESSIONS[n], "image_path": names[n : n + 2]} for n in range(count)
-    ]
-    write_lines(folder / "data.jsonl", [*entries, {"id": "one", "prompt": "the dog", "image_path": names[0]}])
+    pairs = [{"id": f"e{n}", "prompt": EXPRESSIONS[n], "image_path": names[n : n + 2]} for n in range(count)]
+    write_lines(folder / "data.jsonl", [*pairs, {"id": "one", "prompt": "the dog", "image_path": names[0]}])
 
 
 def test_an_interrupted_run_resumes_with_the_same_results(
@@ -421,18 +424,15 @@ def test_pipeline_takes_a_list(front: Front, saved: str) -> None:
 
 def test_what_takes_a_single_image_refuses_a_list(front: Front, saved: str) -> None:
     draw_image(Path("a.png"), 1), draw_image(Path("b.png"), 2)
-    given = ("image_file=[a.png,b.png]", "query=the dog")
-    for options, said in (
-        (("stage=ground", *given), "takes one image in a prompt; several: gemma3,"),
-        (("stage=trace", *given), "stage=trace takes one image"),
-        (("stage=ground", *given, "zoom=true"), "zoom=true looks again at one image"),
-        (
-            ("stage=ground", "image_file=a.png", "together=true", "query=the dog"),
-            "1 given, but it must be 2 to 32",
-        ),
-        (("stage=ground", "image_file=[a.png]", "query=the dog"), "a list of two or more"),
+    both = "image_file=[a.png,b.png]"
+    for stage, options, said in (
+        ("ground", (both,), "takes one image in a prompt; several: gemma3,"),
+        ("trace", (both,), "stage=trace takes one image"),
+        ("ground", (both, "zoom=true"), "zoom=true looks again at one image"),
+        ("ground", ("image_file=a.png", "together=true"), "1 given, but it must be 2 to 32"),
+        ("ground", ("image_file=[a.png]",), "a list of two or more"),
     ):
-        assert said in front.error(*options), options
+        assert said in front.error(f"stage={stage}", "query=the dog", *options), options
     write_entries(front.folder, 1)
     for options, said in (
         (("zoom=true", "segmenter=none"), "its prompt has several images"),
