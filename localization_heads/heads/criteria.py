@@ -30,7 +30,8 @@ class HeadStatistics:
 
     Args:
         attention_sum: criterion 1.
-        area_entropy, mass_entropy: criterion 2 in nats, with components weighted by area and by mass.
+        area_entropy: criterion 2 in nats, with components weighted by area.
+        mass_entropy: the same with components weighted by mass.
         num_components: 8-connected components of the binarised map.
         bottom_row_focus: the published code's flag for a map whose bottom row is active.
         weight: which of the entropies is `spatial_entropy`.

@@ -163,7 +163,8 @@ class LabelRecipe:
         num_labels: entries drawn for the ranking; None takes all.
         num_trials: draws for the spread; bootstrap resamples if all entries are taken.
         seed: of the draws.
-        shrink, n0: how scores are shrunk towards the label-free ranking (`shrink_scores`).
+        shrink: how scores are shrunk towards the label-free ranking (`shrink_scores`).
+        n0: the number of labels that weigh as much as the label-free ranking.
         k: number of first heads that a ranking is evaluated by.
     """
 

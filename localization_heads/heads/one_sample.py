@@ -141,7 +141,8 @@ def select_in_sample(
     """The `top_n` heads that one sample selects by both criteria, with its own elbow; best first.
 
     Args:
-        sums, entropy: attention sums and spatial entropies, `[layer, head]`.
+        sums: attention sums, `[layer, head]`.
+        entropy: spatial entropies, `[layer, head]`.
         bottom_row: the flags for `options.bottom_row_filter`, `[layer, head]`.
 
     Returns:
