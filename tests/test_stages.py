@@ -37,7 +37,7 @@ from localization_heads.data import network as downloading
 from localization_heads.data.address import Address
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.errors import NotFiniteError
-from localization_heads.lvlm import prompted
+from localization_heads.lvlm import model_with_processor
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages import find, ground, single
 from localization_heads.stages.single import default_id
@@ -732,8 +732,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(ImageFile.ImageFile, "load", "decoded", lambda image: bool(image.tile))
     count(find, "head_statistics", "analysed")
     count(single, "head_statistics", "analysed")
-    count(prompted, "clean_expression", "cleaned", lambda text, *_: text.startswith("the "))
-    count(prompted, "expression_prompt", "rendered", lambda text, *_: text.startswith("the "))
+    count(model_with_processor, "clean_expression", "cleaned", lambda text, *_: text.startswith("the "))
+    count(model_with_processor, "expression_prompt", "rendered", lambda text, *_: text.startswith("the "))
     count(Figure, "savefig", "drawn")
     return counts
 
