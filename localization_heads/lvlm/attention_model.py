@@ -74,7 +74,7 @@ class AttentionModel(ModelWithProcessor):
     def why_not_shared(self) -> str | None:
         """Why the KV cache of an image cannot be shared by all its expressions; None if it can."""
         if self.query_token == "answer_first":
-            return "the first token of the answer is generated anew for each prompt"
+            return "the first token of the answer is generated separately for each prompt"
         if reason := next((change.why_not_shared for change in self.changes if change.why_not_shared), None):
             return reason
         if not self.image_comes_first:

@@ -105,7 +105,7 @@ def _pixel_limits(lvlm: AttentionModel, num_frames: int) -> dict[str, int]:
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
         if (value := settings.get(name)) not in (None, getattr(ip, name)):
             raise UsageError(
-                f"{where}{name}={shown(value)}, those for images {getattr(ip, name)}: no model has two"
+                f"{where}{name}={shown(value)}, those for images {getattr(ip, name)}: they must be equal"
             )
     size = settings["size"] if isinstance(settings.get("size"), dict) else {}
     least, most = (settings.get(old) or size.get(new) for old, new in _PIXEL_LIMITS.items())
@@ -114,7 +114,9 @@ def _pixel_limits(lvlm: AttentionModel, num_frames: int) -> dict[str, int]:
         most = min(MAX_TOKENS * cell, ip.size["longest_edge"])
         return {"shortest_edge": min(MIN_TOKENS * cell, most), "longest_edge": most}
     if not all(isinstance(area, int) and area > 0 for area in (least, most)) or least > most:
-        raise UsageError(f"{where}areas from {shown(least)} to {shown(most)} pixels: write two that rise")
+        raise UsageError(
+            f"{where}areas from {shown(least)} to {shown(most)} pixels: write them in ascending order"
+        )
     share = 1 if lvlm.model.config.model_type in ("qwen2_vl", "qwen2_5_vl") else num_frames
     most = max(1, min(most // share, MAX_PREPARED_PIXELS // num_frames))
     return {"shortest_edge": min(-(-least // share), most), "longest_edge": most}
@@ -252,7 +254,7 @@ def prepare_clip(
     check_supports_clips(lvlm.model.config)
     size: Size = frames[0].size
     if any(frame.size != size for frame in frames) or len(times) != len(frames):
-        raise UsageError("the frames of a clip are of one size, and each has its time")
+        raise UsageError("the frames of a clip must be of one size, with one time for each")
     problem = (
         f"the processor of {lvlm.name} does not take the video ({size[0]} x {size[1]} pixels) with its text"
     )
@@ -305,7 +307,7 @@ def attend_clip(
         raise UsageError("video=native: leave out paraphrases=, which asks about images")
     if lvlm.changes:
         raise UsageError(
-            "a model whose heads are switched off or steered is asked about images, not about clips"
+            "clips cannot be used while heads are switched off or steered: give the frames as images"
         )
     if not lvlm.image_comes_first:
         raise UsageError("video=native: the chat template puts the video after the text; use conv_mode=plain")

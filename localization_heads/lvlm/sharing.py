@@ -232,16 +232,16 @@ class EncodedImage:
             (len(one.ids) + (one.query.answer_tokens or answer_tokens) for one in prompts), default=0
         )
         if not prompts or longest > max_shareable_length(self.lvlm.model.config):
-            return None, -1
+            return None, 0
         prefix = self.encode(None if generates else last_layer)
         if prefix is None or (generates and not prefix.can_be_cut):
-            return None, -1
+            return None, 0
         # A query token is never part of the shared prefix: its attention has to be captured.
         start = min(
             min(common_prefix_length(prefix.ids, prompt.ids), prompt.first_query) for prompt in prompts
         )
         if start <= self._last_image_token or (start < len(prefix.ids) and not prefix.can_be_cut):
-            return None, -1
+            return None, 0
         return prefix, start
 
     def _maps(

@@ -30,7 +30,7 @@ def verdict(lvlm: LVLM, image: Image.Image, examination: Examination) -> dict[st
     """The model, versions, capture check, geometry and tokens, without any text or pixel of the user's.
 
     Args:
-        image: only sizes the prompts whose tokens are shown.
+        image: goes into the prompts whose tokens are shown.
         examination: the result of `examine`.
     """
     config = lvlm.model.config
