@@ -41,6 +41,105 @@ _FRAME_INTERVAL = 0.5
 """Seconds between frames, if they are not known."""
 
 
+def attend_clip(
+    lvlm: AttentionModel,
+    frames: Sequence[Image.Image],
+    expression: str,
+    times: Sequence[float] | None = None,
+    last_layer: int | None = None,
+) -> list[AttentionMaps]:
+    """The maps of each frame of a clip that the model is shown in one prompt.
+
+    Merged frames have the same map. The attention is spread over all frames, so the sum of a map is smaller than that
+    of an image's map.
+
+    Args:
+        frames: RGB images of one size, in order.
+        times: of the frames, in seconds; None assumes two frames a second.
+        last_layer: as for `LVLM.attend`.
+
+    Raises:
+        UsageError: the family's video tokens are not supported, the frames do not fit into the model's context, heads
+            are switched off or steered, or the expression is asked in paraphrases.
+    """
+    if not frames:
+        return []
+    if len(frames) > MAX_FRAMES_PER_PROMPT:
+        raise UsageError(
+            f"a clip of {len(frames)} frames: {MAX_FRAMES_PER_PROMPT} at most go into one prompt"
+        )
+    if lvlm.paraphrases:
+        raise UsageError("video=native: leave out paraphrases=, which asks about images")
+    if lvlm.changes:
+        raise UsageError(
+            "clips cannot be used while heads are switched off or steered: give the frames as images"
+        )
+    if not lvlm.image_comes_first:
+        raise UsageError("video=native: the chat template puts the video after the text; use conv_mode=plain")
+    times = [_FRAME_INTERVAL * n for n in range(len(frames))] if times is None else times
+    prompt = lvlm.located_prompt(expression)
+    seen = [lvlm.image_for_processor(image_at(frame, None)) for frame in frames]
+    clip = prepare_clip(lvlm, seen, prompt.text, times)
+    query = lvlm.query([prompt], clip.inputs)
+    with memory_errors():
+        samples = lvlm.read_attention(lambda: lvlm.on_device(clip.inputs), query, [expression], last_layer)
+        (sample,) = samples
+    maps = [lvlm.maps(sample, [[view]], seen[0], expression, prompt.text) for view in clip.views]
+    return [maps[number // clip.merged_frames] for number in range(len(frames))]
+
+
+class PreparedClip(NamedTuple):
+    """A clip in its prompt, as model inputs on the CPU, with one view for each of its tokens in time."""
+
+    inputs: dict[str, Any]
+    views: list[View]
+    merged_frames: int
+
+
+def prepare_clip(
+    lvlm: AttentionModel, frames: Sequence[Image.Image], text: str, times: Sequence[float]
+) -> PreparedClip:
+    """The CPU part of `attend_clip`.
+
+    Args:
+        frames: RGB images of one size.
+        text: a prompt for an image, whose place the video takes.
+        times: of the frames, in seconds.
+    """
+    check_supports_clips(lvlm.model.config)
+    size: Size = frames[0].size
+    if any(frame.size != size for frame in frames) or len(times) != len(frames):
+        raise UsageError("the frames of a clip must be of one size, with one time for each")
+    problem = (
+        f"the processor of {lvlm.name} does not take the video ({size[0]} x {size[1]} pixels) with its text"
+    )
+    with memory_errors(), processor_errors(problem):
+        video = VIDEO_FAMILIES[lvlm.model.config.model_type](lvlm, frames, times)
+        before, placeholder, after = text.partition(lvlm.image_text)
+        if not placeholder:
+            raise UsageError("the prompt has no place for a video")
+        inputs = {**lvlm.tokenize(before + video.text + after), **video.inputs}
+    if lvlm.dropped_token is not None:
+        pad = lvlm.processor.tokenizer.pad_token_id or 0
+        inputs = remove_token(inputs, lvlm.dropped_token, side="left", pad=pad)
+    lvlm.check_length(inputs["input_ids"].shape[1])
+    positions = (inputs["input_ids"][0] == video.token_id).nonzero()[:, 0].numpy()
+    t, h, w = video.grid
+    per_step = video.lead + h * w
+    index = grid(positions[: t * per_step], t, per_step)[:, video.lead :].reshape(t, h, w)
+    views = [even_view("whole", cells, video.box) for cells in index]
+    return PreparedClip(inputs, views, video.merged_frames)
+
+
+def check_supports_clips(config: Any) -> None:
+    """Raises UsageError for a family that has no video tokens, or whose video tokens are not supported."""
+    if config.model_type not in VIDEO_FAMILIES:
+        raise UsageError(
+            f"video=native: model type '{config.model_type}' has no video tokens that are read here; video=frames "
+            f"grounds each frame as an image (families with video=native: {', '.join(sorted(VIDEO_FAMILIES))})"
+        )
+
+
 class VideoTokens(NamedTuple):
     """Frames as a family's model inputs, and where their tokens lie.
 
@@ -222,102 +321,3 @@ VIDEO_FAMILIES: Mapping[str, MakeTokens] = {
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _qwen3),
 }
 """The families whose video tokens are supported, by `model_type`."""
-
-
-def check_supports_clips(config: Any) -> None:
-    """Raises UsageError for a family that has no video tokens, or whose video tokens are not supported."""
-    if config.model_type not in VIDEO_FAMILIES:
-        raise UsageError(
-            f"video=native: model type '{config.model_type}' has no video tokens that are read here; video=frames "
-            f"grounds each frame as an image (families with video=native: {', '.join(sorted(VIDEO_FAMILIES))})"
-        )
-
-
-class PreparedClip(NamedTuple):
-    """A clip in its prompt, as model inputs on the CPU, with one view for each of its tokens in time."""
-
-    inputs: dict[str, Any]
-    views: list[View]
-    merged_frames: int
-
-
-def prepare_clip(
-    lvlm: AttentionModel, frames: Sequence[Image.Image], text: str, times: Sequence[float]
-) -> PreparedClip:
-    """The CPU part of `attend_clip`.
-
-    Args:
-        frames: RGB images of one size.
-        text: a prompt for an image, whose place the video takes.
-        times: of the frames, in seconds.
-    """
-    check_supports_clips(lvlm.model.config)
-    size: Size = frames[0].size
-    if any(frame.size != size for frame in frames) or len(times) != len(frames):
-        raise UsageError("the frames of a clip must be of one size, with one time for each")
-    problem = (
-        f"the processor of {lvlm.name} does not take the video ({size[0]} x {size[1]} pixels) with its text"
-    )
-    with memory_errors(), processor_errors(problem):
-        video = VIDEO_FAMILIES[lvlm.model.config.model_type](lvlm, frames, times)
-        before, placeholder, after = text.partition(lvlm.image_text)
-        if not placeholder:
-            raise UsageError("the prompt has no place for a video")
-        inputs = {**lvlm.tokenize(before + video.text + after), **video.inputs}
-    if lvlm.dropped_token is not None:
-        pad = lvlm.processor.tokenizer.pad_token_id or 0
-        inputs = remove_token(inputs, lvlm.dropped_token, side="left", pad=pad)
-    lvlm.check_length(inputs["input_ids"].shape[1])
-    positions = (inputs["input_ids"][0] == video.token_id).nonzero()[:, 0].numpy()
-    t, h, w = video.grid
-    per_step = video.lead + h * w
-    index = grid(positions[: t * per_step], t, per_step)[:, video.lead :].reshape(t, h, w)
-    views = [even_view("whole", cells, video.box) for cells in index]
-    return PreparedClip(inputs, views, video.merged_frames)
-
-
-def attend_clip(
-    lvlm: AttentionModel,
-    frames: Sequence[Image.Image],
-    expression: str,
-    times: Sequence[float] | None = None,
-    last_layer: int | None = None,
-) -> list[AttentionMaps]:
-    """The maps of each frame of a clip that the model is shown in one prompt.
-
-    Merged frames have the same map. The attention is spread over all frames, so the sum of a map is smaller than that
-    of an image's map.
-
-    Args:
-        frames: RGB images of one size, in order.
-        times: of the frames, in seconds; None assumes two frames a second.
-        last_layer: as for `LVLM.attend`.
-
-    Raises:
-        UsageError: the family's video tokens are not supported, the frames do not fit into the model's context, heads
-            are switched off or steered, or the expression is asked in paraphrases.
-    """
-    if not frames:
-        return []
-    if len(frames) > MAX_FRAMES_PER_PROMPT:
-        raise UsageError(
-            f"a clip of {len(frames)} frames: {MAX_FRAMES_PER_PROMPT} at most go into one prompt"
-        )
-    if lvlm.paraphrases:
-        raise UsageError("video=native: leave out paraphrases=, which asks about images")
-    if lvlm.changes:
-        raise UsageError(
-            "clips cannot be used while heads are switched off or steered: give the frames as images"
-        )
-    if not lvlm.image_comes_first:
-        raise UsageError("video=native: the chat template puts the video after the text; use conv_mode=plain")
-    times = [_FRAME_INTERVAL * n for n in range(len(frames))] if times is None else times
-    prompt = lvlm.located_prompt(expression)
-    seen = [lvlm.image_for_processor(image_at(frame, None)) for frame in frames]
-    clip = prepare_clip(lvlm, seen, prompt.text, times)
-    query = lvlm.query([prompt], clip.inputs)
-    with memory_errors():
-        samples = lvlm.read_attention(lambda: lvlm.on_device(clip.inputs), query, [expression], last_layer)
-        (sample,) = samples
-    maps = [lvlm.maps(sample, [[view]], seen[0], expression, prompt.text) for view in clip.views]
-    return [maps[number // clip.merged_frames] for number in range(len(frames))]

@@ -40,53 +40,6 @@ MAX_BYTES = 4 << 30
 """Limit on the memory of all heads' maps (`trace.keep=all`)."""
 
 
-class ImageReader(NamedTuple):
-    """Reads image maps from attention rows: the views' token grids, the image's size, and which views to combine."""
-
-    views: Sequence[View]
-    size: tuple[int, int]
-    choice: ViewChoice
-
-    def maps(self, row: Tensor) -> tuple[NDArray[np.float32], Box]:
-        """Maps `[..., h, w]` from a row `[..., key]`, and the region of the image that they cover."""
-        return read_maps(row.float().cpu().numpy(), self.views, self.size, self.choice)
-
-
-class StepRecorder(Recorder):
-    """Keeps the chosen heads' attention to the image at every call of their layers.
-
-    Args:
-        modules: attention modules by layer.
-        heads: the heads to keep, by layer.
-        reader: for the image of the only sample.
-        last_call: the forward pass stops after this call of the last layer.
-        num_tokens: length of the prompt; None for cross-attention, whose keys are not the prompt's tokens.
-    """
-
-    def __init__(
-        self,
-        modules: dict[int, nn.Module],
-        heads: dict[int, list[int]],
-        reader: ImageReader,
-        last_call: int,
-        num_tokens: int | None,
-    ) -> None:
-        super().__init__(modules, max(modules), LAST_TOKEN, num_tokens)
-        self.heads, self.reader, self.last_call = heads, reader, last_call
-        self.box: Box | None = None
-        self.steps: list[dict[int, NDArray[np.float32]]] = []  # call -> layer -> [head, h, w]
-
-    def record(self, layer: int, call: int, row_of: Callable[[Query], Tensor]) -> None:
-        row = row_of(LAST_TOKEN)  # (1, H, K)
-        if self.num_tokens is not None:
-            row = crop_to_prompt(row, self.num_tokens, call)
-        if call == len(self.steps):
-            self.steps.append({})
-        self.steps[call][layer], self.box = self.reader.maps(row[0, self.heads[layer]])
-        if layer == self.stop_after and call == self.last_call:
-            raise StopForward
-
-
 @memory_errors()
 def trace_answer(
     lvlm: AttentionModel,
@@ -159,18 +112,6 @@ def _check_options(max_new_tokens: int, options: TraceOptions, grounding: Ground
         )
 
 
-def _check_memory(reader: ImageReader, num_heads: int, max_new_tokens: int) -> None:
-    """Raises UsageError, before the model runs, if the maps would take more than `MAX_BYTES`."""
-    num_keys = max(int(view.index.max()) for view in reader.views) + 1
-    maps, _ = read_maps(np.zeros(num_keys, np.float32), *reader)
-    needed = 4 * maps.size * num_heads * (max_new_tokens + 1)
-    if needed > MAX_BYTES:
-        raise UsageError(
-            f"trace.keep=all: the maps of {num_heads} heads for {max_new_tokens} tokens take {needed >> 20} MB, more "
-            f"than {MAX_BYTES >> 20}; lower max_new_tokens, or write trace.keep=heads"
-        )
-
-
 def _heads_by_layer(lvlm: AttentionModel, heads: Sequence[Head], *, every_head: bool) -> dict[int, list[int]]:
     """The heads to keep, by layer, both in ascending order. UsageError for one that the model does not have."""
     if not heads:
@@ -188,6 +129,65 @@ def _heads_by_layer(lvlm: AttentionModel, heads: Sequence[Head], *, every_head: 
     if every_head:
         chosen = {layer: set(range(lvlm.num_heads)) for layer in lvlm.attention_modules}
     return {layer: sorted(chosen[layer]) for layer in sorted(chosen)}
+
+
+def _check_memory(reader: ImageReader, num_heads: int, max_new_tokens: int) -> None:
+    """Raises UsageError, before the model runs, if the maps would take more than `MAX_BYTES`."""
+    num_keys = max(int(view.index.max()) for view in reader.views) + 1
+    maps, _ = read_maps(np.zeros(num_keys, np.float32), *reader)
+    needed = 4 * maps.size * num_heads * (max_new_tokens + 1)
+    if needed > MAX_BYTES:
+        raise UsageError(
+            f"trace.keep=all: the maps of {num_heads} heads for {max_new_tokens} tokens take {needed >> 20} MB, more "
+            f"than {MAX_BYTES >> 20}; lower max_new_tokens, or write trace.keep=heads"
+        )
+
+
+class ImageReader(NamedTuple):
+    """Reads image maps from attention rows: the views' token grids, the image's size, and which views to combine."""
+
+    views: Sequence[View]
+    size: tuple[int, int]
+    choice: ViewChoice
+
+    def maps(self, row: Tensor) -> tuple[NDArray[np.float32], Box]:
+        """Maps `[..., h, w]` from a row `[..., key]`, and the region of the image that they cover."""
+        return read_maps(row.float().cpu().numpy(), self.views, self.size, self.choice)
+
+
+class StepRecorder(Recorder):
+    """Keeps the chosen heads' attention to the image at every call of their layers.
+
+    Args:
+        modules: attention modules by layer.
+        heads: the heads to keep, by layer.
+        reader: for the image of the only sample.
+        last_call: the forward pass stops after this call of the last layer.
+        num_tokens: length of the prompt; None for cross-attention, whose keys are not the prompt's tokens.
+    """
+
+    def __init__(
+        self,
+        modules: dict[int, nn.Module],
+        heads: dict[int, list[int]],
+        reader: ImageReader,
+        last_call: int,
+        num_tokens: int | None,
+    ) -> None:
+        super().__init__(modules, max(modules), LAST_TOKEN, num_tokens)
+        self.heads, self.reader, self.last_call = heads, reader, last_call
+        self.box: Box | None = None
+        self.steps: list[dict[int, NDArray[np.float32]]] = []  # call -> layer -> [head, h, w]
+
+    def record(self, layer: int, call: int, row_of: Callable[[Query], Tensor]) -> None:
+        row = row_of(LAST_TOKEN)  # (1, H, K)
+        if self.num_tokens is not None:
+            row = crop_to_prompt(row, self.num_tokens, call)
+        if call == len(self.steps):
+            self.steps.append({})
+        self.steps[call][layer], self.box = self.reader.maps(row[0, self.heads[layer]])
+        if layer == self.stop_after and call == self.last_call:
+            raise StopForward
 
 
 def _pick_heads(

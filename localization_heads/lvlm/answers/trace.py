@@ -31,6 +31,111 @@ CharSpan = tuple[int, int]
 """Index of the first character, and of the one after the last."""
 
 
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The attention of chosen heads over the image in every decoding step of an answer.
+
+    An answer of N tokens has N + 1 rows. Row 0 is that of the last prompt token, whose step writes token 0; row n is
+    that of the step that reads token n - 1 and writes token n. The step of the last row only reads.
+
+    Args:
+        query: the question.
+        spelled: the answer, and the characters that each of its tokens spells.
+        token_ids: of the answer, without the one that ends it.
+        heads: whose maps were kept.
+        rows: float32 `[N + 1, k, h, w]`, or `[N + 1, 1, h, w]` if only their mean was kept. Softmax weights, not
+            renormalised over the image.
+        masses: float32 `[N + 1, k]`, the attention of each head on all image tokens.
+        image_box: the region of the image that the grid covers, in pixels.
+        image_size: `(W, H)`.
+        step: which row belongs to a token: that of the step that `writes` it, or that `reads` it.
+        options: how maps become a box.
+        every: the maps of all heads, float32 `[N + 1, layer, head, h, w]`, if they were kept.
+    """
+
+    query: str
+    spelled: TokenizedText
+    token_ids: tuple[int, ...]
+    heads: tuple[Head, ...]
+    rows: NDArray[np.float32] = field(repr=False)
+    masses: NDArray[np.float32] = field(repr=False)
+    image_box: Box
+    image_size: tuple[int, int]
+    step: Step = "writes"
+    options: GroundingOptions = field(default_factory=GroundingOptions, repr=False)
+    prompt: str = field(default="", repr=False)
+    model: str = ""
+    image_file: str = ""
+    every: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    @property
+    def answer(self) -> str:
+        return self.spelled.text
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The text of each token: empty for a control token, and the same for all parts of one character."""
+        return tuple(self.answer[start:stop] for start, stop in self.spelled.places)
+
+    @cached_property
+    def words(self) -> tuple[Word, ...]:
+        """The answer's words, with their sub-word tokens joined."""
+        return split_words(self.spelled)
+
+    @property
+    def maps(self) -> NDArray[np.float32]:
+        """The maps of each token, `[N, k, h, w]`: a view of `rows`."""
+        return self._of_tokens(self.rows)
+
+    @property
+    def every_of_tokens(self) -> NDArray[np.float32] | None:
+        """The maps of all heads for each token, `[N, layer, head, h, w]`: a view of `every`. None if not kept."""
+        return None if self.every is None else self._of_tokens(self.every)
+
+    def masses_of(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Each head's attention to the image, averaged over the tokens `start` to `stop` (exclusive): `[k]`."""
+        mean: NDArray[np.float32] = self._of_tokens(self.masses)[start:stop].mean(axis=0)
+        return mean
+
+    @cached_property
+    def word_masses(self) -> NDArray[np.float32]:
+        """`masses_of` each word: `[word, k]`."""
+        means = [self.masses_of(word.start, word.stop) for word in self.words]
+        return np.array(means, np.float32).reshape(len(self.words), len(self.heads))
+
+    @cached_property
+    def groundings(self) -> tuple[Grounding, ...]:
+        """Map and box of each word."""
+        return tuple(self.ground(word.start, word.stop) for word in self.words)
+
+    @property
+    def boxes(self) -> tuple[Box | None, ...]:
+        """The box of each word; None if its map has no positive cell."""
+        return tuple(found.box if found.cells.any() else None for found in self.groundings)
+
+    def ground(self, start: int = 0, stop: int | None = None) -> Grounding:
+        """Map and box from the mean map of the tokens `start` to `stop` (exclusive); by default of all tokens.
+
+        Raises:
+            ValueError: the range holds no token.
+        """
+        chosen = self.maps[start:stop]
+        if not len(chosen):
+            raise ValueError(f"the answer has {len(self.token_ids)} tokens, and none from {start} to {stop}")
+        mean = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)
+        maps = AttentionMaps(mean[None], self.image_box, self.image_size)
+        found = ground_maps(maps, [Head(0, n) for n in range(len(mean))], self.options)
+        return replace(found, heads=self.heads)
+
+    def ground_span(self, span: str) -> Grounding:
+        """`ground` for the tokens that spell a part of the answer. UsageError if the answer does not contain it."""
+        tokens = tokens_of_span(self.spelled, span)
+        return self.ground(tokens.start, tokens.stop)
+
+    def _of_tokens(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        return rows[:-1] if self.step == "writes" else rows[1:]
+
+
 @dataclass(frozen=True)
 class TokenizedText:
     """A text, and which of its characters each token spells.
@@ -186,108 +291,3 @@ def tokens_of_span(answer: TokenizedText, span: str) -> range:
     raise UsageError(
         f"answer_span={shown(span)}: the answer is {shown(answer.text, 200)}, which does not hold it"
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """The attention of chosen heads over the image in every decoding step of an answer.
-
-    An answer of N tokens has N + 1 rows. Row 0 is that of the last prompt token, whose step writes token 0; row n is
-    that of the step that reads token n - 1 and writes token n. The step of the last row only reads.
-
-    Args:
-        query: the question.
-        spelled: the answer, and the characters that each of its tokens spells.
-        token_ids: of the answer, without the one that ends it.
-        heads: whose maps were kept.
-        rows: float32 `[N + 1, k, h, w]`, or `[N + 1, 1, h, w]` if only their mean was kept. Softmax weights, not
-            renormalised over the image.
-        masses: float32 `[N + 1, k]`, the attention of each head on all image tokens.
-        image_box: the region of the image that the grid covers, in pixels.
-        image_size: `(W, H)`.
-        step: which row belongs to a token: that of the step that `writes` it, or that `reads` it.
-        options: how maps become a box.
-        every: the maps of all heads, float32 `[N + 1, layer, head, h, w]`, if they were kept.
-    """
-
-    query: str
-    spelled: TokenizedText
-    token_ids: tuple[int, ...]
-    heads: tuple[Head, ...]
-    rows: NDArray[np.float32] = field(repr=False)
-    masses: NDArray[np.float32] = field(repr=False)
-    image_box: Box
-    image_size: tuple[int, int]
-    step: Step = "writes"
-    options: GroundingOptions = field(default_factory=GroundingOptions, repr=False)
-    prompt: str = field(default="", repr=False)
-    model: str = ""
-    image_file: str = ""
-    every: NDArray[np.float32] | None = field(default=None, repr=False)
-
-    @property
-    def answer(self) -> str:
-        return self.spelled.text
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """The text of each token: empty for a control token, and the same for all parts of one character."""
-        return tuple(self.answer[start:stop] for start, stop in self.spelled.places)
-
-    @cached_property
-    def words(self) -> tuple[Word, ...]:
-        """The answer's words, with their sub-word tokens joined."""
-        return split_words(self.spelled)
-
-    @property
-    def maps(self) -> NDArray[np.float32]:
-        """The maps of each token, `[N, k, h, w]`: a view of `rows`."""
-        return self._of_tokens(self.rows)
-
-    @property
-    def every_of_tokens(self) -> NDArray[np.float32] | None:
-        """The maps of all heads for each token, `[N, layer, head, h, w]`: a view of `every`. None if not kept."""
-        return None if self.every is None else self._of_tokens(self.every)
-
-    def masses_of(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Each head's attention to the image, averaged over the tokens `start` to `stop` (exclusive): `[k]`."""
-        mean: NDArray[np.float32] = self._of_tokens(self.masses)[start:stop].mean(axis=0)
-        return mean
-
-    @cached_property
-    def word_masses(self) -> NDArray[np.float32]:
-        """`masses_of` each word: `[word, k]`."""
-        means = [self.masses_of(word.start, word.stop) for word in self.words]
-        return np.array(means, np.float32).reshape(len(self.words), len(self.heads))
-
-    @cached_property
-    def groundings(self) -> tuple[Grounding, ...]:
-        """Map and box of each word."""
-        return tuple(self.ground(word.start, word.stop) for word in self.words)
-
-    @property
-    def boxes(self) -> tuple[Box | None, ...]:
-        """The box of each word; None if its map has no positive cell."""
-        return tuple(found.box if found.cells.any() else None for found in self.groundings)
-
-    def ground(self, start: int = 0, stop: int | None = None) -> Grounding:
-        """Map and box from the mean map of the tokens `start` to `stop` (exclusive); by default of all tokens.
-
-        Raises:
-            ValueError: the range holds no token.
-        """
-        chosen = self.maps[start:stop]
-        if not len(chosen):
-            raise ValueError(f"the answer has {len(self.token_ids)} tokens, and none from {start} to {stop}")
-        mean = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)
-        maps = AttentionMaps(mean[None], self.image_box, self.image_size)
-        found = ground_maps(maps, [Head(0, n) for n in range(len(mean))], self.options)
-        return replace(found, heads=self.heads)
-
-    def ground_span(self, span: str) -> Grounding:
-        """`ground` for the tokens that spell a part of the answer. UsageError if the answer does not contain it."""
-        tokens = tokens_of_span(self.spelled, span)
-        return self.ground(tokens.start, tokens.stop)
-
-    def _of_tokens(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        return rows[:-1] if self.step == "writes" else rows[1:]

@@ -55,8 +55,50 @@ TIME_FIRST = ("Muse",)
 """Image processors whose flattened patches begin with the frame instead of the colour channel."""
 
 
-class _StopAtLanguageModel(BaseException):
-    """Raised to end the forward pass where image features enter the language model."""
+def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
+    """By view, `[n, 2]`: offsets (x, y) of sampled tokens' footprints from the centres of their cells, in cells."""
+    return view_errors(lvlm, image_size, views_seen(lvlm, coordinate_image(*image_size)))
+
+
+def view_errors(
+    lvlm: LVLM, image_size: tuple[int, int], views: Sequence[View], shown: PromptImages | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """`footprint_errors` for some views.
+
+    Args:
+        shown: as for `footprint_centres`.
+    """
+    skip_border = lvlm.model.config.model_type in CUT_AT_THE_BORDER
+    cells = {view.name: sampled_cells(view, skip_border=skip_border) for view in views}
+    keys = [int(view.index[cell]) for view in views for cell in cells[view.name]]
+    centres = footprint_centres(lvlm, image_size, keys, shown)
+    return {
+        view.name: np.array(list(_errors(view, cells[view.name], centres))).reshape(-1, 2) for view in views
+    }
+
+
+def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
+    """The views of an image: where its tokens lie, in each rendering (whole, tiles) that the model gets."""
+    return lvlm.views_in(lvlm.model_inputs([image], [lvlm.prompt("it")]), 0, image)
+
+
+def sampled_cells(view: View, *, skip_border: bool) -> list[tuple[int, int]]:
+    """The corners and a few random cells; with `skip_border`, of those with the usual size (not `shifted`)."""
+    rows, columns = (
+        np.flatnonzero(np.isclose(sides, np.median(sides)) | (not skip_border)).tolist()
+        for sides in (np.diff(view.y_edges), np.diff(view.x_edges))
+    )
+    h, w = len(rows), len(columns)
+    inner = np.random.default_rng(0).choice(h * w, min(NUM_SAMPLED, h * w), replace=False)
+    cells = {(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), *((int(i) // w, int(i) % w) for i in inner)}
+    return sorted((rows[row], columns[column]) for row, column in cells)
+
+
+def _errors(view: View, cells: Sequence[tuple[int, int]], centres: dict[int, Point]) -> Iterator[Point]:
+    for r, c in cells:
+        if (centre := centres.get(int(view.index[r, c]))) is not None:
+            (x0, x1), (y0, y1) = view.x_edges[c : c + 2], view.y_edges[r : r + 2]
+            yield (centre[0] - (x0 + x1) / 2) / (x1 - x0), (centre[1] - (y0 + y1) / 2) / (y1 - y0)
 
 
 def coordinate_image(width: int, height: int) -> Image.Image:
@@ -64,11 +106,6 @@ def coordinate_image(width: int, height: int) -> Image.Image:
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
     return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
-
-
-def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
-    """The views of an image: where its tokens lie, in each rendering (whole, tiles) that the model gets."""
-    return lvlm.views_in(lvlm.model_inputs([image], [lvlm.prompt("it")]), 0, image)
 
 
 def footprint_centres(
@@ -104,47 +141,6 @@ def footprint_centres(
     return centres
 
 
-def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
-    """By view, `[n, 2]`: offsets (x, y) of sampled tokens' footprints from the centres of their cells, in cells."""
-    return view_errors(lvlm, image_size, views_seen(lvlm, coordinate_image(*image_size)))
-
-
-def view_errors(
-    lvlm: LVLM, image_size: tuple[int, int], views: Sequence[View], shown: PromptImages | None = None
-) -> dict[str, NDArray[np.float64]]:
-    """`footprint_errors` for some views.
-
-    Args:
-        shown: as for `footprint_centres`.
-    """
-    skip_border = lvlm.model.config.model_type in CUT_AT_THE_BORDER
-    cells = {view.name: sampled_cells(view, skip_border=skip_border) for view in views}
-    keys = [int(view.index[cell]) for view in views for cell in cells[view.name]]
-    centres = footprint_centres(lvlm, image_size, keys, shown)
-    return {
-        view.name: np.array(list(_errors(view, cells[view.name], centres))).reshape(-1, 2) for view in views
-    }
-
-
-def sampled_cells(view: View, *, skip_border: bool) -> list[tuple[int, int]]:
-    """The corners and a few random cells; with `skip_border`, of those with the usual size (not `shifted`)."""
-    rows, columns = (
-        np.flatnonzero(np.isclose(sides, np.median(sides)) | (not skip_border)).tolist()
-        for sides in (np.diff(view.y_edges), np.diff(view.x_edges))
-    )
-    h, w = len(rows), len(columns)
-    inner = np.random.default_rng(0).choice(h * w, min(NUM_SAMPLED, h * w), replace=False)
-    cells = {(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), *((int(i) // w, int(i) % w) for i in inner)}
-    return sorted((rows[row], columns[column]) for row, column in cells)
-
-
-def _errors(view: View, cells: Sequence[tuple[int, int]], centres: dict[int, Point]) -> Iterator[Point]:
-    for r, c in cells:
-        if (centre := centres.get(int(view.index[r, c]))) is not None:
-            (x0, x1), (y0, y1) = view.x_edges[c : c + 2], view.y_edges[r : r + 2]
-            yield (centre[0] - (x0 + x1) / 2) / (x1 - x0), (centre[1] - (y0 + y1) / 2) / (y1 - y0)
-
-
 def image_features(lvlm: LVLM, inputs: dict[str, Any]) -> Tensor:
     """(K, D) the language model's input for each key: the prompt's embeddings, or the states for cross-attention."""
     captured: list[Tensor] = []
@@ -162,6 +158,10 @@ def image_features(lvlm: LVLM, inputs: dict[str, Any]) -> Tensor:
     finally:
         hook.remove()
     return captured[0].reshape(-1, captured[0].shape[-1])
+
+
+class _StopAtLanguageModel(BaseException):
+    """Raised to end the forward pass where image features enter the language model."""
 
 
 def language_model_of(model: Any) -> Any:

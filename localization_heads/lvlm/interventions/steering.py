@@ -32,18 +32,75 @@ KERNELS = ("sdpa", "eager")
 """Attention implementations that take a mask per head."""
 
 
-class _TokenSequence(NamedTuple):
-    """The tokens that the model has read so far.
+@contextmanager
+def steer(
+    lvlm: AttentionModel, heads: Iterable[Head | tuple[int, int]], region: Box, strength: float
+) -> Iterator[None]:
+    """Draw the attention of heads towards a region while the block runs, for everything that the model is asked.
+
+    `strength` is added to these heads' logits, from every token after the image (the rest of the prompt, and the
+    answer) to the image tokens whose cells overlap the region. That multiplies their weight relative to other tokens
+    by `exp(strength)`. Captured maps are those of the steered attention.
+
+    >>> with lh.steer(lvlm, ranking.top(3), (10, 20, 90, 80), 4.0):          # doctest: +SKIP
+    ...     lvlm.attend(image, "the dog")
+
+    The model itself is changed, also for other threads that use it. Blocks may be nested: their biases add up.
 
     Args:
-        region: bool (B, T), which tokens show the region; later tokens do not.
-        last_image_token: (B,) index of the image's last token.
-        length: number of tokens.
-    """
+        heads: layer and head, counted from 0.
+        region: xyxy in pixels of the image; all images of a block must have one size.
+        strength: in nats; a negative one draws attention away. With 0, or without heads, results are bit-identical.
 
-    region: Tensor
-    last_image_token: Tensor
-    length: int
+    Raises:
+        UsageError: the model does not have a head, its attention takes no bias for single heads, or (when the image is
+            asked about) the region lies outside the image.
+    """
+    box = _parse_region(region)
+    if not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise UsageError(f"steer: the strength must be a finite number, not {strength!r}")
+    chosen = resolve_heads(heads, lvlm, "steer")
+    if not chosen or strength == 0:
+        yield
+        return
+    kernel = lvlm.model.config.get_text_config()._attn_implementation
+    if kernel not in KERNELS:
+        raise UsageError(
+            f"steer: the attention of {lvlm.name} ({kernel}) takes no bias for single heads; load it with "
+            "model.attn_implementation=sdpa or eager"
+        )
+    by_layer: dict[int, list[int]] = {}
+    for head in chosen:
+        by_layer.setdefault(head.layer, []).append(head.head)
+    change = Steering(lvlm, by_layer, box, float(strength))
+    masks = {lvlm.attention_modules[layer]: _mask_of(change, layer) for layer in by_layer}
+    begin = lvlm.model.base_model.register_forward_pre_hook(change.begin, with_kwargs=True)
+    lvlm.changes.append(change)
+    try:
+        with changed_masks(masks):
+            yield
+    finally:
+        lvlm.changes.remove(change)
+        begin.remove()
+
+
+def _parse_region(region: Any) -> Box:
+    try:
+        x0, y0, x1, y1 = (float(side) for side in region)
+    except (TypeError, ValueError):
+        raise UsageError("steer: the region must be four numbers [x0, y0, x1, y1] in pixels") from None
+    if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 <= x0 or y1 <= y0:
+        raise UsageError("steer: the region must be [x0, y0, x1, y1] with x1 > x0 and y1 > y0, in pixels")
+    return x0, y0, x1, y1
+
+
+def _mask_of(change: Steering, layer: int) -> Any:
+    def mask(module: nn.Module, query: Tensor, key: Tensor, mask: Any, extras: Mapping[str, Any]) -> Any:
+        causal = extras.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        return change.mask(layer, query, key, mask, causal=bool(causal))
+
+    return mask
 
 
 class Steering:
@@ -170,6 +227,20 @@ class Steering:
         return mask.to(query.dtype) + bias
 
 
+class _TokenSequence(NamedTuple):
+    """The tokens that the model has read so far.
+
+    Args:
+        region: bool (B, T), which tokens show the region; later tokens do not.
+        last_image_token: (B,) index of the image's last token.
+        length: number of tokens.
+    """
+
+    region: Tensor
+    last_image_token: Tensor
+    length: int
+
+
 def _slice_padded(region: Tensor, start: int, length: int) -> Tensor:
     """(B, length) of a mask (B, T) from `start` on, padded with False."""
     return nn.functional.pad(region[:, start : start + length], (0, max(0, start + length - region.shape[1])))
@@ -203,74 +274,3 @@ def region_keys(views: Sequence[View], region: Box, image_size: tuple[int, int])
             "crops)"
         )
     return keys
-
-
-def _parse_region(region: Any) -> Box:
-    try:
-        x0, y0, x1, y1 = (float(side) for side in region)
-    except (TypeError, ValueError):
-        raise UsageError("steer: the region must be four numbers [x0, y0, x1, y1] in pixels") from None
-    if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 <= x0 or y1 <= y0:
-        raise UsageError("steer: the region must be [x0, y0, x1, y1] with x1 > x0 and y1 > y0, in pixels")
-    return x0, y0, x1, y1
-
-
-@contextmanager
-def steer(
-    lvlm: AttentionModel, heads: Iterable[Head | tuple[int, int]], region: Box, strength: float
-) -> Iterator[None]:
-    """Draw the attention of heads towards a region while the block runs, for everything that the model is asked.
-
-    `strength` is added to these heads' logits, from every token after the image (the rest of the prompt, and the
-    answer) to the image tokens whose cells overlap the region. That multiplies their weight relative to other tokens
-    by `exp(strength)`. Captured maps are those of the steered attention.
-
-    >>> with lh.steer(lvlm, ranking.top(3), (10, 20, 90, 80), 4.0):          # doctest: +SKIP
-    ...     lvlm.attend(image, "the dog")
-
-    The model itself is changed, also for other threads that use it. Blocks may be nested: their biases add up.
-
-    Args:
-        heads: layer and head, counted from 0.
-        region: xyxy in pixels of the image; all images of a block must have one size.
-        strength: in nats; a negative one draws attention away. With 0, or without heads, results are bit-identical.
-
-    Raises:
-        UsageError: the model does not have a head, its attention takes no bias for single heads, or (when the image is
-            asked about) the region lies outside the image.
-    """
-    box = _parse_region(region)
-    if not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise UsageError(f"steer: the strength must be a finite number, not {strength!r}")
-    chosen = resolve_heads(heads, lvlm, "steer")
-    if not chosen or strength == 0:
-        yield
-        return
-    kernel = lvlm.model.config.get_text_config()._attn_implementation
-    if kernel not in KERNELS:
-        raise UsageError(
-            f"steer: the attention of {lvlm.name} ({kernel}) takes no bias for single heads; load it with "
-            "model.attn_implementation=sdpa or eager"
-        )
-    by_layer: dict[int, list[int]] = {}
-    for head in chosen:
-        by_layer.setdefault(head.layer, []).append(head.head)
-    change = Steering(lvlm, by_layer, box, float(strength))
-    masks = {lvlm.attention_modules[layer]: _mask_of(change, layer) for layer in by_layer}
-    begin = lvlm.model.base_model.register_forward_pre_hook(change.begin, with_kwargs=True)
-    lvlm.changes.append(change)
-    try:
-        with changed_masks(masks):
-            yield
-    finally:
-        lvlm.changes.remove(change)
-        begin.remove()
-
-
-def _mask_of(change: Steering, layer: int) -> Any:
-    def mask(module: nn.Module, query: Tensor, key: Tensor, mask: Any, extras: Mapping[str, Any]) -> Any:
-        causal = extras.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        return change.mask(layer, query, key, mask, causal=bool(causal))
-
-    return mask

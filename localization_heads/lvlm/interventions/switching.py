@@ -25,54 +25,6 @@ PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "proj")
 _WHY_NOT_SHARED = "heads are switched off to their mean over the whole prompt"
 
 
-class SwitchedOff:
-    """The change of a model that `switch_off` makes.
-
-    Args:
-        columns: by layer, the columns of the output projection's input that the heads write, `[heads, head_dim]`.
-    """
-
-    def __init__(self, columns: Mapping[int, Tensor], how: How) -> None:
-        self.columns = columns
-        self.why_not_shared = _WHY_NOT_SHARED if how == "mean" else None
-        self._how = how
-        self._not_padding: Tensor | None = None  # bool (B, T)
-        self._means: dict[int, Tensor] = {}  # layer -> (B, 1, columns)
-
-    def on_inputs(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
-        """The ablation does not depend on the image."""
-
-    def begin(self, _: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
-        """Before a forward pass: remember which of its tokens are padding. A pre-forward hook."""
-        mask = kwargs.get("attention_mask")
-        self._not_padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    def hook(self, layer: int) -> Any:
-        """The hook in front of that layer's output projection."""
-
-        def ablate(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            values: Tensor = inputs[0].clone()
-            columns = self.columns[layer].flatten().to(values.device)
-            values[..., columns] = 0.0 if self._how == "zero" else self._mean(layer, values[..., columns])
-            return (values, *inputs[1:])
-
-        return ablate
-
-    def _mean(self, layer: int, values: Tensor) -> Tensor:
-        """(B, 1, n), the mean of values (B, T, n) over the prompt. Decoding steps reuse the mean of the prefill."""
-        batch, length = values.shape[:2]
-        cached = self._means.get(layer)
-        if length == 1 and cached is not None and len(cached) == batch:
-            return cached
-        not_padding = self._not_padding
-        if not_padding is None or not_padding.shape != (batch, length):
-            not_padding = torch.ones(batch, length, dtype=torch.bool, device=values.device)
-        weights = not_padding.to(values.device, torch.float32)[..., None]
-        total = (values.float() * weights).sum(1, keepdim=True)
-        self._means[layer] = (total / weights.sum(1, keepdim=True)).to(values.dtype)
-        return self._means[layer]
-
-
 @contextmanager
 def switch_off(
     lvlm: AttentionModel, heads: Iterable[Head | tuple[int, int]], how: How = "zero"
@@ -119,6 +71,54 @@ def switch_off(
         lvlm.changes.append(change)
         stack.callback(lvlm.changes.remove, change)
         yield
+
+
+class SwitchedOff:
+    """The change of a model that `switch_off` makes.
+
+    Args:
+        columns: by layer, the columns of the output projection's input that the heads write, `[heads, head_dim]`.
+    """
+
+    def __init__(self, columns: Mapping[int, Tensor], how: How) -> None:
+        self.columns = columns
+        self.why_not_shared = _WHY_NOT_SHARED if how == "mean" else None
+        self._how = how
+        self._not_padding: Tensor | None = None  # bool (B, T)
+        self._means: dict[int, Tensor] = {}  # layer -> (B, 1, columns)
+
+    def on_inputs(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
+        """The ablation does not depend on the image."""
+
+    def begin(self, _: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
+        """Before a forward pass: remember which of its tokens are padding. A pre-forward hook."""
+        mask = kwargs.get("attention_mask")
+        self._not_padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def hook(self, layer: int) -> Any:
+        """The hook in front of that layer's output projection."""
+
+        def ablate(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            values: Tensor = inputs[0].clone()
+            columns = self.columns[layer].flatten().to(values.device)
+            values[..., columns] = 0.0 if self._how == "zero" else self._mean(layer, values[..., columns])
+            return (values, *inputs[1:])
+
+        return ablate
+
+    def _mean(self, layer: int, values: Tensor) -> Tensor:
+        """(B, 1, n), the mean of values (B, T, n) over the prompt. Decoding steps reuse the mean of the prefill."""
+        batch, length = values.shape[:2]
+        cached = self._means.get(layer)
+        if length == 1 and cached is not None and len(cached) == batch:
+            return cached
+        not_padding = self._not_padding
+        if not_padding is None or not_padding.shape != (batch, length):
+            not_padding = torch.ones(batch, length, dtype=torch.bool, device=values.device)
+        weights = not_padding.to(values.device, torch.float32)[..., None]
+        total = (values.float() * weights).sum(1, keepdim=True)
+        self._means[layer] = (total / weights.sum(1, keepdim=True)).to(values.dtype)
+        return self._means[layer]
 
 
 def output_projection(lvlm: AttentionModel, layer: int) -> nn.Module:
