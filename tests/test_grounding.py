@@ -182,11 +182,6 @@ class TestHull:
 
 
 class TestBox:
-    def test_one_cell(self):
-        grid = np.zeros((3, 4))
-        grid[1, 2] = 1
-        assert grounded(grid).box == (20, 10, 30, 20)
-
     def test_x_and_y_are_not_swapped(self):
         grid = np.zeros((2, 5))
         grid[0, 1:4] = 1

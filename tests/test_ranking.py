@@ -18,11 +18,11 @@ from localization_heads.heads.one_sample import select_by_entropy, select_in_sam
 from localization_heads.heads.ranking import random_draws, rank_heads
 from localization_heads.heads.ready import describe_difference, preset_of
 from localization_heads.heads.record import HeadRanking, RankedHead
-from localization_heads.options.compose import preset
+from localization_heads.options.compose import load_preset
 from localization_heads.options.groups import CriteriaOptions
 
 INF = math.inf
-PUBLISHED = CriteriaOptions.of(preset("criteria", "published"))
+PUBLISHED = CriteriaOptions.of(load_preset("criteria", "published"))
 ALL = CriteriaOptions(exclude_layers=0, tau=0.0)
 
 
@@ -280,13 +280,6 @@ class TestFrequency:
         assert frequencies(unfiltered, (1, 2)).tolist() == [[1.0, 0.0]]
         with pytest.raises(ValueError, match="bottom_row_filter needs"):
             rank_heads(sums, entropies, options=options)
-
-    def test_excluded_layers_are_neither_kept_nor_selected(self):
-        sums, entropies = random_pool()
-        sums[:, :2] = 1.0
-        entropies[:, :2] = 0.0
-        for head in rank_heads(sums, entropies).heads:
-            assert head.layer >= 2 or (head.selection_frequency == 0 and not head.kept)
 
 
 class TestOrder:

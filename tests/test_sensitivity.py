@@ -249,10 +249,9 @@ def planted(seen: Sequence[Seen], kind: str, seed: int) -> tuple[list[Seen], set
                 y, x = (int(value) for value in spot)
                 cells = np.full((rows, columns), 1e-6)
                 cells[y, x - 1 : x + 1] = 0.35
-                is_mirrored = (
-                    number == len(stacks) - 1 and kind != "place"
-                )  # the content moves with the image
-                maps[place] = cells[:, ::-1] if is_mirrored else cells
+                # All but a fixed place are mirrored with the image.
+                mirror = number == len(stacks) - 1 and kind != "place"
+                maps[place] = cells[:, ::-1] if mirror else cells
         found.append(Seen(stacks[0], stacks[1:-1], stacks[-1]))
     return found, set(places)
 
