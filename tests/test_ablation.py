@@ -1,14 +1,13 @@
-"""Which heads are switched off at a time, what comes of it, and `stage=ablate` as a command."""
+"""Ablations: the conditions, the curves and their intervals, and `stage=ablate` as a command."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, draw_image, one_line, write_lines
+from front import Front, draw_image, write_lines
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
@@ -28,11 +27,11 @@ LISTED = [Head(2, 0), Head(3, 1), Head(2, 3), Head(3, 0)]
 BY_SUM = [Head(3, 3), Head(2, 0), Head(3, 1), Head(2, 1)]
 
 
-def test_conditions() -> None:
-    every = make_conditions(LISTED, BY_SUM, [0, 1, 3, 9], draws=3, heads_per_layer=6, seed=0)
-    assert every[0].name == "heads-0-0" and every[0].heads == ()
-    assert [one.size for one in every] == [0, *[1] * 5, *[3] * 5, *[4] * 5]
-    by_name = {one.name: one.heads for one in every}
+def test_conditions_are_nested_and_layer_matched() -> None:
+    conditions = make_conditions(LISTED, BY_SUM, [0, 1, 3, 9], draws=3, heads_per_layer=6, seed=0)
+    assert conditions[0].name == "heads-0-0" and conditions[0].heads == ()
+    assert [one.size for one in conditions] == [0, *[1] * 5, *[3] * 5, *[4] * 5]
+    by_name = {one.name: one.heads for one in conditions}
     assert by_name["heads-3-0"] == tuple(LISTED[:3])
     assert by_name["attention_sum-4-0"] == tuple(BY_SUM)
     for draw in range(3):
@@ -41,17 +40,17 @@ def test_conditions() -> None:
         assert not {*random} & {*LISTED} and len({*random}) == 3
         assert by_name[f"random-1-{draw}"] == random[:1]
     assert len({by_name[f"random-4-{draw}"] for draw in range(3)}) > 1
-    assert every == make_conditions(LISTED, BY_SUM, [9, 3, 1], draws=3, heads_per_layer=6, seed=0)
+    assert conditions == make_conditions(LISTED, BY_SUM, [9, 3, 1], draws=3, heads_per_layer=6, seed=0)
 
 
-def test_random_heads_of_a_layer_with_too_few_others() -> None:
-    """The least of the listed ones are taken, the best last."""
+def test_random_heads_fall_back_on_the_lowest_listed_ones() -> None:
+    """In a layer with too few other heads."""
     listed = [Head(0, 2), Head(0, 0)]
-    every = {one.name: one.heads for one in make_conditions(listed, listed, [2], draws=1, heads_per_layer=3)}
-    assert every["random-2-0"] == (Head(0, 1), Head(0, 0))
+    conditions = make_conditions(listed, listed, [2], draws=1, heads_per_layer=3)
+    assert {one.name: one.heads for one in conditions}["random-2-0"] == (Head(0, 1), Head(0, 0))
 
 
-EVERY = make_conditions([Head(1, 0)], [Head(1, 1)], [1], draws=2, heads_per_layer=4)
+CONDITIONS = make_conditions([Head(1, 0)], [Head(1, 1)], [1], draws=2, heads_per_layer=4)
 
 
 def values(
@@ -64,7 +63,7 @@ def values(
 
 def test_curves_by_hand() -> None:
     three = [values(1, 0, (1, 0), 1), values(1, 0.5, (1, 1), 0), values(0, 0, (0, 1), 0)]
-    found = compute_curves(EVERY, three, "answers")
+    found = compute_curves(CONDITIONS, three, "answers")
     assert found["counts"] == [0, 1] and found["num"] == 3
     assert found["curves"] == {
         "heads": [0.666667, 0.166667], "random": [0.666667, 0.666667], "attention_sum": [0.666667, 0.333333]
@@ -74,10 +73,10 @@ def test_curves_by_hand() -> None:
 
 
 def test_intervals_are_of_paired_differences() -> None:
-    """A second implementation, in loops: every expression loses a half, so no resample says anything else."""
+    """A second implementation in loops; every expression loses 0.5, so every resample does."""
     rng = np.random.default_rng(1)
     many = [values(v, v - 0.5, (v, v), v) for v in rng.choice([0.5, 1.0], 40)]
-    found = compute_curves(EVERY, many, "answers", seed=7)
+    found = compute_curves(CONDITIONS, many, "answers", seed=7)
     assert found["fall_intervals"]["heads"][1] == [0.5, 0.5]
     before = np.array([one["heads-0-0"]["answers"] for one in many])
     drawn = np.random.default_rng(7).integers(40, size=(1000, 40))
@@ -85,20 +84,18 @@ def test_intervals_are_of_paired_differences() -> None:
     np.testing.assert_allclose(found["intervals"]["heads"][0], np.quantile(means, [0.025, 0.975]), atol=1e-6)
 
 
-def test_maps_are_compared_with_the_same_heads_maps_before() -> None:
+def test_map_measures_are_compared_with_the_same_heads_maps_before() -> None:
     one: Any = {name: {"maps": 0.0, "maps_before": 0.0} for name in values(0, 0, (0, 0), 0)}
     one["heads-0-0"] = {"maps": 1.0, "maps_before": 1.0}
     one["random-1-0"] = {"maps": 0.0, "maps_before": 1.0}
-    found = compute_curves(EVERY, [one], "maps")
-    assert found["curves"]["heads"] == [1, 0] and found["falls"]["heads"] == [
-        0,
-        0,
-    ]  # the others are worse anyway
+    found = compute_curves(CONDITIONS, [one], "maps")
+    assert found["curves"]["heads"] == [1, 0]
+    assert found["falls"]["heads"] == [0, 0]  # the other heads were wrong before
     assert found["falls"]["random"] == [0, 0.5]
 
 
-def test_finding_says_what_it_found() -> None:
-    found = ablation_finding(EVERY, [values(1, 0, (1, 1), 1)] * 4, {}, "switched off")
+def test_finding_of_an_ablation() -> None:
+    found = ablation_finding(CONDITIONS, [values(1, 0, (1, 1), 1)] * 4, {}, "switched off")
     assert found.numbers["heads"] == [[1, 0]] and found.numbers["measure"] == "answers right"
     assert found.numbers["curves"]["heads"] == [1, 0] and found.numbers["counts"] == [0, 1]
     assert (
@@ -109,16 +106,14 @@ def test_finding_says_what_it_found() -> None:
     assert table.rows == (("0", "100.0 [100, 100]", "", ""), ("1", "0.0 [0, 0]", *["100.0 [100, 100]"] * 2))
 
 
-def test_mean_map_without_some_heads() -> None:
+def test_mean_map_leaves_heads_out() -> None:
     maps = AttentionMaps(np.arange(12, dtype=np.float32).reshape(3, 2, 1, 2), (0, 0, 2, 1), (2, 1))
-    assert mean_map(maps, 1, [Head(1, 0), Head(0, 0)]).attention.ravel().tolist() == [
-        8,
-        9,
-    ]  # of L1H1, L2H0, L2H1
+    others = mean_map(maps, 1, [Head(1, 0), Head(0, 0)])  # L1H1, L2H0 and L2H1
+    assert others.attention.ravel().tolist() == [8, 9]
     assert mean_map(maps, 1).attention.ravel().tolist() == [7, 8]
 
 
-def test_questions_and_pairs() -> None:
+def test_questions_and_scenes_of_two_objects() -> None:
     asked = {one.kind: one for one in make_questions("left animal", "plain big dog")}
     assert asked["name"].text == "what is the left animal ?" and asked["name"].answer == "dog"
     assert asked["colour"].answer == "plain" and asked["size"].answer == "big"
@@ -127,7 +122,7 @@ def test_questions_and_pairs() -> None:
     assert len({thing.name for thing in scene.objects}) == len(scene.objects) == 2
 
 
-def test_answers_of_a_data_file(tmp_path: Path) -> None:
+def test_expected_answers_are_read_from_a_data_file(tmp_path: Path) -> None:
     region = {"bbox": [0, 0, 4, 4], "answer": "dog"}
     lines: list[Any] = [
         {"id": "a", "answer": "red"},
@@ -151,64 +146,50 @@ SCENES = ("data=scenes", "scenes.size=96", "scenes.count=3", "batch_size=2")
 FEW = ("stage=ablate", "heads=[4-4,5-6]", "ablate.counts=[2]", "ablate.draws=1", "ablate.answer_tokens=4")
 
 
-def test_stage_resumes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = front.finder(*FEW, *SCENES)
-    assert result.status == 0, result.err
+def test_an_interrupted_ablation_resumes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = front.succeed(*FEW, *SCENES)
     assert "answers right (%), 3 expressions" in result.out and "By question, with 2 heads" in result.out
-    whole = json.loads((front.out / "ablation.json").read_text())
-    assert (
-        whole["heads"] == [[4, 4], [5, 6]]
-        and whole["counts"] == [0, 2]
-        and whole["measure"] == "answers right"
-    )
+    whole = front.json("ablation.json")
+    assert whole["heads"] == [[4, 4], [5, 6]] and whole["counts"] == [0, 2]
+    assert whole["measure"] == "answers right"
     assert set(whole["curves"]) == set(whole["intervals"]) == {"heads", "random", "attention_sum"}
     assert "Acc@0.5 of the other heads' maps" in whole["measures"]
     assert Image.open(front.out / "ablation.png").size[0] > 300
-    original, done = ablate.Ablation.__call__, []
+    original, measured, limit = ablate.Ablation.__call__, [], 1
 
-    def dies(self: Any, run: Any, entries: Any, attended: Any) -> Any:
-        if done:
+    def spy(self: Any, run: Any, entries: Any, attended: Any) -> Any:
+        if len(measured) >= limit:
             raise KeyboardInterrupt
-        done.extend(attended)
+        measured.extend(attended)
         return original(self, run, entries, attended)
 
-    monkeypatch.setattr(ablate.Ablation, "__call__", dies)
+    monkeypatch.setattr(ablate.Ablation, "__call__", spy)
     (front.out / "ablation.json").unlink()
     assert front.finder(*FEW, *SCENES).status != 0
-    assert len(done) == 2 and not (front.out / "ablation.json").exists()
-    again: list[Any] = []
-
-    def counts(self: Any, run: Any, entries: Any, attended: Any) -> Any:
-        again.extend(attended)
-        return original(self, run, entries, attended)
-
-    monkeypatch.setattr(ablate.Ablation, "__call__", counts)
-    assert front.finder(*FEW, *SCENES).status == 0
-    assert len(again) == 1 and json.loads((front.out / "ablation.json").read_text()) == whole
+    assert len(measured) == 2 and not (front.out / "ablation.json").exists()
+    limit = 3
+    front.succeed(*FEW, *SCENES)
+    assert len(measured) == 3 and front.json("ablation.json") == whole
 
 
 def test_steering_as_a_command(front: Front) -> None:
-    result = front.finder(*FEW, *SCENES, "scenes.count=2", "steer=true", "ablate.strength=8")
-    assert result.status == 0, result.err
-    found = json.loads((front.out / "ablation.json").read_text())
+    front.succeed(*FEW, *SCENES, "scenes.count=2", "steer=true", "ablate.strength=8")
+    found = front.json("ablation.json")
     assert found["measure"] == "answers that name what is in the region"
     assert found["choices"]["ablate.strength"] == 8
 
 
-def test_native_boxes_as_a_command(front: Front) -> None:
-    """The embedded model writes none, whatever is switched off."""
-    boxes = ("ablate.measure=boxes", "model.native_box=paligemma", "scenes.count=1")
-    result = front.finder(*FEW, *SCENES, *boxes)
-    assert result.status == 0, result.err
-    found = json.loads((front.out / "ablation.json").read_text())
+def test_native_boxes_of_a_model_that_writes_none(front: Front) -> None:
+    front.succeed(*FEW, *SCENES, "ablate.measure=boxes", "model.native_box=paligemma", "scenes.count=1")
+    found = front.json("ablation.json")
     assert found["measure"] == "native boxes right (IoU 0.5)"
     assert found["curves"]["heads"] == [0, 0] and list(found["measures"]) == [found["measure"]]
 
 
 def test_native_boxes_by_hand(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that writes PaliGemma's box around the middle as long as head 2-0 hands anything on, else a corner.
+    """A model that writes PaliGemma's box around the centre or, without head 2-0, in a corner.
 
-    Two of three true boxes are in the middle: without 2-0 none is right, and without any other head two of three are.
+    Two of three true boxes are in the centre, so only switching off 2-0 makes all boxes wrong.
     """
 
     def asks(lvlm: LVLM, *asked: Any) -> Any:
@@ -240,18 +221,16 @@ def test_native_boxes_by_hand(front: Front, monkeypatch: pytest.MonkeyPatch) -> 
     ]
     write_lines(Path("data.jsonl"), lines)
     words = ("data_file=data.jsonl", "ablate.measure=boxes", "model.native_box=paligemma", "ablate.draws=2")
-    result = front.finder("stage=ablate", "heads=[4-4,2-0]", "ablate.counts=[1,2]", *words)
-    assert result.status == 0, result.err
-    found = json.loads((front.out / "ablation.json").read_text())
+    front.succeed("stage=ablate", "heads=[4-4,2-0]", "ablate.counts=[1,2]", *words)
+    found = front.json("ablation.json")
     assert found["curves"] == {
         "heads": [0.666667, 0.666667, 0], "random": [0.666667] * 3, "attention_sum": [0.666667] * 3
     }  # fmt: skip
     assert found["falls"]["heads"] == [0, 0, 0.666667]
 
 
-def test_known_heads_are_taken_as_everywhere(front: Front) -> None:
-    """Those of the ready list were found with another query token: a note, and the order of these entries."""
-    result = front.finder(
+def test_known_heads_of_another_query_token_are_not_taken(front: Front) -> None:
+    result = front.succeed(
         "stage=ablate",
         *SCENES,
         "scenes.count=1",
@@ -259,16 +238,15 @@ def test_known_heads_are_taken_as_everywhere(front: Front) -> None:
         "ablate.measure=maps",
         "ablate.counts=[1]",
     )
-    assert result.status == 0, result.err
     assert "no ready list of heads fits: own-tiny" in result.err
 
 
-def test_a_projection_that_is_fused_in_an_unknown_way(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is wrong use of the model, said once, and no failure of each entry."""
+def test_an_unknown_output_projection_fails_the_run(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and not every entry."""
     monkeypatch.setattr("localization_heads.lvlm.interventions.switching.PROJECTIONS", ("mixer",))
-    result = front.finder("stage=ablate", *SCENES, "ablate.counts=[1]")
-    assert result.status == 2
-    assert "has no output projections of a known name (mixer)" in one_line(result.err)
+    assert "has no output projections of a known name (mixer)" in front.error(
+        "stage=ablate", *SCENES, "ablate.counts=[1]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,14 +261,13 @@ def test_a_projection_that_is_fused_in_an_unknown_way(front: Front, monkeypatch:
     ],
 )
 def test_bad_options(front: Front, options: tuple[str, ...], message: str) -> None:
-    result = front.finder("stage=ablate", *SCENES, "scenes.count=1", *options)
-    assert result.status == 2
-    assert message in one_line(result.err)
+    assert message in front.error("stage=ablate", *SCENES, "scenes.count=1", *options)
 
 
-def test_entries_that_say_nothing(front: Front) -> None:
+def test_entries_without_anything_to_measure(front: Front) -> None:
     Image.new("RGB", (64, 48)).save("a.png")
     write_lines(Path("data.jsonl"), [{"id": "a", "prompt": "the dog", "image_path": "a.png"}])
     for option in ("ablate.steer=false", "ablate.steer=true"):
-        result = front.finder("stage=ablate", "data_file=data.jsonl", option)
-        assert result.status == 2 and "stage=ablate needs entries with" in one_line(result.err)
+        assert "stage=ablate needs entries with" in front.error(
+            "stage=ablate", "data_file=data.jsonl", option
+        )

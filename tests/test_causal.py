@@ -1,8 +1,7 @@
-"""`experiment=causal`: rankings side by side, in numbers by hand, and as a command."""
+"""`experiment=causal`: the sets of heads and the numbers by hand, and the command."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -38,22 +37,17 @@ def study() -> Study:
 def test_heads_come_from_the_first_half(study: Study) -> None:
     sets = causal.head_sets(study)
     assert sets["criteria"] == ((ON,),) and sets["labels"] == sets["attention_sum"] == ((OFF,),)
-    assert len(sets["random"]) == 5 and {one for heads in sets["random"] for one in heads} <= {
-        Head(1, 2),
-        Head(1, 3),
-    }
+    assert len(sets["random"]) == 5
+    assert {head for heads in sets["random"] for head in heads} <= {Head(1, 2), Head(1, 3)}
     assert sets["all"] == (tuple(Head(1, head) for head in range(4)),)
-    every = causal.ablation_conditions(study)
-    assert every[0].heads == () and [one.kind for one in every[1:4]] == [
-        "criteria",
-        "labels",
-        "attention_sum",
-    ]
-    assert {(one.kind, one.draw) for one in every[1:]} == set(causal.recipes(study))
+    unchanged, *conditions = causal.ablation_conditions(study)
+    assert unchanged.heads == ()
+    assert [one.kind for one in conditions[:3]] == ["criteria", "labels", "attention_sum"]
+    assert {(one.kind, one.draw) for one in conditions} == set(causal.recipes(study))
 
 
-def test_numbers_by_hand(study: Study) -> None:
-    """Measured on the second half alone: the first half's scores, all wrong, count nowhere."""
+def test_causal_numbers_by_hand(study: Study) -> None:
+    """Only the second half is measured; the scores of the first half are all wrong."""
     right, wrong = Score(0.9, True, 1.0), Score(0.1, False, 0.0)
     scores = {key: RecipeScores([wrong, wrong, right, right]) for key in causal.recipes(study)}
     scores["attention_sum", 0] = RecipeScores([wrong, wrong, right, wrong])
@@ -69,15 +63,12 @@ def test_numbers_by_hand(study: Study) -> None:
     assert numbers["random"]["fall"] == pytest.approx(0.05) and numbers["labels"]["fall"] == 0
     assert numbers["more_than_random"][0] == pytest.approx(0.45)
     assert [row[0] for row in found.tables[0].rows] == list(causal.RANKINGS.values())
-    assert "cannot be told from these entries" in found.reading  # two of them
+    assert "cannot be told from these entries" in found.reading  # only two
 
 
 def test_the_command_writes_numbers_and_a_page(front: Front) -> None:
-    result = front.finder(
-        "stage=experiment", "experiment=causal", "data=scenes", "scenes.count=2", "scenes.size=96"
-    )
-    assert result.status == 0, result.err
-    found = json.loads((front.out / "experiments" / "causal.json").read_text())["numbers"]
+    front.succeed("stage=experiment", "experiment=causal", "data=scenes", "scenes.count=2", "scenes.size=96")
+    found = front.json("experiments/causal.json")["numbers"]
     assert found["num"] == 1 and 0 <= found["all"]["answers"] <= found["answers"] <= 1
     assert len(found["all"]["heads"][0]) == 32
     assert "all heads" in (front.out / "experiments" / "causal.md").read_text()

@@ -1,8 +1,7 @@
-"""`stage=evaluate` from the command line to its files: controls, rows, failures, resuming, and what is refused."""
+"""`stage=evaluate` as a command: metrics and controls, per-sample rows, failures, resuming, and errors."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,13 @@ OPTIONS = ("stage=evaluate", *DATA, "visualize_batch=false", "report=false")
 
 @pytest.fixture
 def quick(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
-    """Figures as empty files."""
+    """Figures are empty files."""
     stub_figures(monkeypatch)
     return front
 
 
 def write_truths(count: int = 5, masks: bool = True) -> list[dict[str, Any]]:
-    """`data.jsonl`: two expressions an image, boxes all over the place, a mask for every other one."""
+    """`data.jsonl`: two expressions per image with random boxes, and a mask for every other one."""
     rng = np.random.default_rng(3)
     entries = []
     for number in range(count):
@@ -72,11 +71,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------- numbers
 
 
-def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
-    """Each row and each mean, computed once more from the maps of one expression at a time."""
+def test_rows_and_metrics_agree_with_a_second_implementation(quick: Front, lvlm: LVLM) -> None:
+    """From the maps of one expression at a time."""
     entries = write_truths()
-    result = quick.finder(*OPTIONS, "batch_size=1", "segmenter=none", "grounding=paper")
-    assert result.status == 0, result.err
+    quick.succeed(*OPTIONS, "batch_size=1", "segmenter=none", "grounding=paper")
     rows, metrics = read_rows(quick), quick.json("metrics.json")
     assert [row["id"] for row in rows] == [entry["id"] for entry in entries]
     heads, options = [Head(2, 0), Head(3, 1)], GroundingOptions()
@@ -95,21 +93,18 @@ def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
         assert row["score"] == pytest.approx(found.score, abs=1e-6) and row["heads"] == ["L2H0", "L3H1"]
         expected = (None, None) if mask is None else mask_overlap(found.mask, mask)
         assert (row["intersection"], row["union"]) == expected
-        drawn = [ground_maps(maps, other, options) for other in random_heads(heads, lvlm.num_heads, seed=42)]
-        assert row["random_heads_iou"] == pytest.approx(np.mean([iou(one.box, box) for one in drawn]))
-        hits = [pointing_hit(one.point, box) for one in drawn]
+        random = [ground_maps(maps, other, options) for other in random_heads(heads, lvlm.num_heads, seed=42)]
+        assert row["random_heads_iou"] == pytest.approx(np.mean([iou(one.box, box) for one in random]))
+        hits = [pointing_hit(one.point, box) for one in random]
         assert row["random_heads_pointing"] == pytest.approx(np.mean(hits))
-        for name, control in (
-            ("all_heads", mean_map(maps, 2)),
-            ("oracle", oracle_map(maps, Truth(box, mask))),
-        ):
+        controls = {"all_heads": mean_map(maps, 2), "oracle": oracle_map(maps, Truth(box, mask))}
+        for name, control in controls.items():
             one = ground_maps(control, [Head(0, 0)], options)
             assert row[f"{name}_iou"] == pytest.approx(iou(one.box, box)), name
             assert row[f"{name}_pointing"] == pointing_hit(one.point, box), name
         assert row["centre_box_iou"] == pytest.approx(iou(centre_box(image.size), box))
         assert row["error"] is row["native_box"] is row["native_answer"] is None
-    means = {"mean_iou": "iou", "pointing": "pointing", "energy": "energy"}
-    for metric, column in means.items():
+    for metric, column in (("mean_iou", "iou"), ("pointing", "pointing"), ("energy", "energy")):
         assert metrics[metric] == pytest.approx(np.mean([row[column] for row in rows]), abs=1e-6)
         for name in CONTROLS:
             values = [row[f"{name}_{column}"] for row in rows]
@@ -123,7 +118,7 @@ def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
 
 
 def iou(a: Any, b: Any) -> float:
-    """By counting, in sixths of pixels: the edges of cells lie on thirds of them (64 pixels, 24 cells)."""
+    """By counting sixths of pixels: cell edges lie on thirds of them (64 pixels, 24 cells)."""
     cells = []
     for x0, y0, x1, y1 in (a, b):
         x, y = (np.arange(64 * 6) + 0.5) / 6, (np.arange(48 * 6) + 0.5) / 6
@@ -131,10 +126,9 @@ def iou(a: Any, b: Any) -> float:
     return float((cells[0] & cells[1]).sum() / (cells[0] | cells[1]).sum())
 
 
-def test_the_screen_and_the_choices(quick: Front) -> None:
+def test_printed_controls_and_recorded_choices(quick: Front) -> None:
     write_truths()
-    result = quick.finder(*OPTIONS, "grounding=paper", "grounding.sigma=0.8", "bootstrap=image")
-    assert result.status == 0, result.err
+    result = quick.succeed(*OPTIONS, "grounding=paper", "grounding.sigma=0.8", "bootstrap=image")
     for text in ("heads", "random heads", "all heads", "centre box", "oracle", "ahead of random heads"):
         assert text in result.out
     metrics = quick.json("metrics.json")
@@ -147,28 +141,25 @@ def test_the_screen_and_the_choices(quick: Front) -> None:
     assert "images" in choices["bootstrap"]
     assert (choices["model"], choices["data_file"], choices["native"]) == ("embedded", "data.jsonl", None)
     by_image = metrics["mean_iou_interval"]
-    assert quick.finder(*OPTIONS, "grounding=paper", "grounding.sigma=0.8").status == 0
+    quick.succeed(*OPTIONS, "grounding=paper", "grounding.sigma=0.8")
     assert quick.json("metrics.json")["mean_iou_interval"] != by_image
 
 
-def test_every_sample_may_have_heads_of_its_own(quick: Front) -> None:
+def test_greedy_heads_are_those_of_each_sample(quick: Front) -> None:
     write_truths(3)
-    code = ("criteria=published_august", "grounding=published", "heads=greedy", "k=5")
-    result = quick.finder(*OPTIONS, *code)  # one head at least, whatever these criteria drop
-    assert result.status == 0, result.err
+    quick.succeed(*OPTIONS, "criteria=published_august", "grounding=published", "heads=greedy", "k=5")
     assert all(1 <= len(row["heads"]) <= 5 for row in read_rows(quick))
     choices = quick.json("metrics.json")["choices"]
     assert (choices["criteria"]["means"], choices["criteria"]["bottom_row_above"]) == (2, 0.05)
     assert (choices["grounding"]["means"], choices["grounding"]["margin"]) == (1, 0)
     assert (choices["grounding"]["component"], choices["grounding"]["border"]) == ("all", "repeat")
-    result = quick.finder(*OPTIONS, "heads=greedy", "k=2")
-    assert result.status == 0, result.err
+    quick.succeed(*OPTIONS, "heads=greedy", "k=2")
     assert "own" in quick.json("metrics.json")["choices"]["heads"]
     assert all(len(row["heads"]) == 2 for row in read_rows(quick))
 
 
 def test_only_the_controls_need_all_layers(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `controls=false` the heads' numbers are the same, and the forward pass stops at the deepest head."""
+    """With `controls=false` the metrics are the same, and the forward pass stops at the deepest head."""
     write_truths()
     stops: list[Any] = []
     original = LVLM.attend_batch
@@ -178,11 +169,11 @@ def test_only_the_controls_need_all_layers(quick: Front, monkeypatch: pytest.Mon
         return original(self, *arguments, last_layer=last_layer, **named)
 
     monkeypatch.setattr(LVLM, "attend_batch", spy)
-    assert quick.finder(*OPTIONS, "worst=0").status == 0
+    quick.succeed(*OPTIONS, "worst=0")
     assert set(stops) == {None}
     whole = quick.json("metrics.json")
     stops.clear()
-    assert quick.finder(*OPTIONS, "worst=0", "controls=false").status == 0
+    quick.succeed(*OPTIONS, "worst=0", "controls=false")
     assert set(stops) == {3}
     bare = quick.json("metrics.json")
     assert bare["controls"] == {} and bare["choices"]["controls"] is None
@@ -194,24 +185,24 @@ def test_only_the_controls_need_all_layers(quick: Front, monkeypatch: pytest.Mon
 # -------------------------------------------------------------------------------------------------- files
 
 
-def test_a_killed_run_ends_with_the_same_bytes(quick: Front, calls: Calls) -> None:
+def test_an_interrupted_run_resumes_with_the_same_bytes(quick: Front, calls: Calls) -> None:
     write_truths()
     options = (*OPTIONS, "batch_size=2")
-    assert quick.finder(*options, "output_dir=whole").status == 0
+    quick.succeed(*options, "output_dir=whole")
     calls.restart(fail_at=2)
     assert quick.finder(*options).status == 130
     assert not (quick.out / "metrics.json").exists()
     done = sum(calls.sizes)
     calls.restart()
-    assert quick.finder(*options, "worst=0").status == 0
+    quick.succeed(*options, "worst=0")
     assert sum(calls.sizes) == 5 - done  # the last chunk alone
     for name in ("metrics.json", "per_sample.parquet", "predictions.jsonl"):
         assert (quick.out / name).read_bytes() == Path("whole/tiny", name).read_bytes(), name
     assert not list(quick.out.glob(".evaluate-*"))
 
 
-def test_another_truth_is_scored_anew(quick: Front, calls: Calls) -> None:
-    """A killed run whose truth is edited meanwhile must not mix old scores with new ones."""
+def test_edited_ground_truth_is_scored_again(quick: Front, calls: Calls) -> None:
+    """When an interrupted run resumes, it must not mix in scores against the old truth."""
     entries = write_truths()
     options = (*OPTIONS, "batch_size=2", "worst=0")
     calls.restart(fail_at=2)
@@ -219,14 +210,14 @@ def test_another_truth_is_scored_anew(quick: Front, calls: Calls) -> None:
     calls.restart()
     entries[0]["bbox"] = [0, 0, 64, 48]
     write_lines(Path("data.jsonl"), entries)
-    assert quick.finder(*options).status == 0
+    quick.succeed(*options)
     x0, y0, x1, y1 = read_rows(quick)[0]["predicted_box"]
     assert read_rows(quick)[0]["iou"] == pytest.approx((x1 - x0) * (y1 - y0) / (64 * 48))
 
 
-def test_the_worst_are_drawn_and_replace_the_last_ones(front: Front) -> None:
+def test_drawings_of_the_worst_boxes_replace_those_of_the_last_run(front: Front) -> None:
     entries = write_truths()
-    assert front.finder(*OPTIONS, "worst=2").status == 0
+    front.succeed(*OPTIONS, "worst=2")
     rows = {row["id"]: row for row in read_rows(front)}
     order = sorted(rows, key=lambda id: (rows[id]["iou"], rows[id]["energy"]))
     bad = [id for id in order if rows[id]["iou"] < 0.5]
@@ -234,20 +225,20 @@ def test_the_worst_are_drawn_and_replace_the_last_ones(front: Front) -> None:
     folder = front.out / "failures"
     assert set(files_of(folder)) == {f"001_{bad[0]}.png", f"002_{bad[1]}.png", "worst.png"}
     assert all(Image.open(path).size[0] > 100 for path in folder.glob("*.png"))
-    assert front.finder(*OPTIONS, "worst=1").status == 0
+    front.succeed(*OPTIONS, "worst=1")
     assert set(files_of(folder)) == {f"001_{bad[0]}.png", "worst.png"}
-    assert front.finder(*OPTIONS, "worst=0").status == 0
+    front.succeed(*OPTIONS, "worst=0")
     assert files_of(folder) == {}
     for entry in entries:
         entry["bbox"], entry["mask"] = rows[entry["id"]]["predicted_box"], None
     write_lines(Path("data.jsonl"), entries)
-    result = front.finder(*OPTIONS, "worst=5")
-    assert result.status == 0 and "failures" not in result.out
+    result = front.succeed(*OPTIONS, "worst=5")
+    assert "failures" not in result.out
     assert files_of(folder) == {}
     assert not [path for path in front.out.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_worst_first_and_only_those_below_a_half() -> None:
+def test_worst_outcomes_are_sorted_and_below_an_iou_of_a_half() -> None:
     def made(id: str, width: float, energy: float) -> Outcome:
         """A prediction of IoU `width / 10`."""
         prediction = Prediction(id=id, bbox=(0.0, 0.0, width, 1.0), heads=(Head(2, 0),))
@@ -263,8 +254,8 @@ def test_worst_first_and_only_those_below_a_half() -> None:
     assert worst_outcomes(outcomes, 0) == []
 
 
-def test_the_boxes_drawn_are_those_that_were_scored(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They go through the model again, alone and not in their batch: rounding must not show another box."""
+def test_drawn_boxes_are_those_that_were_scored(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their forward pass is repeated without their batch, and may round differently."""
     from localization_heads import figures
 
     drawn: list[tuple[str, Any, Any]] = []
@@ -274,7 +265,7 @@ def test_the_boxes_drawn_are_those_that_were_scored(quick: Front, monkeypatch: p
 
     monkeypatch.setattr(figures, "plot_grounding", record)
     write_truths()
-    assert quick.finder(*OPTIONS).status == 0
+    quick.succeed(*OPTIONS)
     rows = {row["id"]: row for row in read_rows(quick)}
     assert len(drawn) >= 3
     for name, grounding, truth in drawn:
@@ -284,13 +275,12 @@ def test_the_boxes_drawn_are_those_that_were_scored(quick: Front, monkeypatch: p
         assert [str(head) for head in grounding.heads] == row["heads"]
 
 
-def test_bad_entries_have_their_rows(quick: Front) -> None:
+def test_failed_entries_have_rows_with_their_errors(quick: Front) -> None:
     entries = write_truths(2)
     Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n rest")
-    mask = Path("mask.png")
-    Image.new("L", (7, 7), 255).save(mask)
+    Image.new("L", (7, 7), 255).save("mask.png")
     good = entries[1]
-    odd: list[Any] = [
+    lines: list[Any] = [
         *entries,
         {**good, "id": "other_mask", "mask": "mask.png"},
         {**good, "id": "broken", "image_path": "broken.png"},
@@ -298,9 +288,8 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
         "{not json",
         {**good, "id": "bare", "bbox": None},
     ]
-    write_lines(Path("data.jsonl"), odd)
-    result = quick.finder(*OPTIONS)
-    assert result.status == 1
+    write_lines(Path("data.jsonl"), lines)
+    assert quick.finder(*OPTIONS).status == 1
     rows = read_rows(quick)
     names = ["entry_0", "entry_1", "other_mask", "broken", "outside", "line_6", "bare"]
     assert [row["id"] for row in rows] == names
@@ -310,34 +299,29 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
     assert all(row["error"] is None for row in rows[:2])
     metrics = quick.json("metrics.json")
     assert (metrics["num_samples"], metrics["num_failed"]) == (2, 5)
-    lines = (quick.out / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in rows]
+    assert [line["id"] for line in quick.lines()] == names
 
 
-def test_nothing_that_can_be_used_is_said_as_it_is(quick: Front) -> None:
-    """Boxes on images that are not there do not lack a box; entries without one do."""
+def test_errors_without_any_usable_entry(quick: Front) -> None:
+    """Missing images and missing boxes have errors of their own."""
     (entry,) = write_truths(1)
     gone = {**entry, "id": "gone", "image_path": "gone.png"}
     write_lines(Path("data.jsonl"), [gone, "{not json"])
-    result = quick.finder(*OPTIONS)
-    assert result.status == 1
-    assert "no entry could be used; the first: line 1 (gone): gone.png" in one_line(result.err)
+    assert "no entry could be used; the first: line 1 (gone): gone.png" in quick.error(*OPTIONS, status=1)
     bare = {name: entry[name] for name in ("id", "prompt", "image_path")}
     write_lines(Path("data.jsonl"), [gone, bare])
-    result = quick.finder(*OPTIONS)
-    assert result.status == 2
-    assert "needs entries with bbox or mask; the first: line 2 (entry_0)" in one_line(result.err)
+    assert "needs entries with bbox or mask; the first: line 2 (entry_0)" in quick.error(*OPTIONS)
 
 
-def test_a_file_in_the_place_of_the_folder(quick: Front) -> None:
-    """Whatever is called `failures` is replaced; what a link leads to is left alone."""
+def test_a_link_in_place_of_the_failures_folder_is_replaced(quick: Front) -> None:
+    """The target of the link is left alone."""
     write_truths(2)
     quick.out.mkdir(parents=True)
     precious = Path("precious")
     precious.mkdir()
     (precious / "thesis.tex").write_text("x")
     (quick.out / "failures").symlink_to(precious.resolve())
-    assert quick.finder(*OPTIONS).status == 0
+    quick.succeed(*OPTIONS)
     assert (precious / "thesis.tex").read_text() == "x"
     assert not (quick.out / "failures").is_symlink()
 
@@ -345,8 +329,8 @@ def test_a_file_in_the_place_of_the_folder(quick: Front) -> None:
 # -------------------------------------------------------------------------------------------- the model's box
 
 
-def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that writes the true box of every other expression, and no box of the rest."""
+def test_native_boxes_are_scored_as_a_control(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that writes the true box of every other expression, and no box for the rest."""
     entries = write_truths()
     boxes = {entry["prompt"]: entry["bbox"] for entry in entries}
     asked: list[str] = []
@@ -357,12 +341,10 @@ def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest
         return ((x0, y0, x1, y1), "yes") if list(boxes).index(expression) % 2 == 0 else (None, "I see none")
 
     monkeypatch.setattr("localization_heads.stages.evaluate.generate_box", answer)
-    assert quick.finder(*OPTIONS, "worst=0").status == 0
-    assert (
-        not asked and "native" not in quick.json("metrics.json")["controls"]
-    )  # the embedded model writes none
-    result = quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "model.conv_mode=chat")
-    assert result.status == 0, result.err
+    quick.succeed(*OPTIONS, "worst=0")
+    assert not asked  # the embedded model writes no boxes
+    assert "native" not in quick.json("metrics.json")["controls"]
+    quick.succeed(*OPTIONS, "worst=0", "model.native_box=llava", "model.conv_mode=chat")
     assert sorted(asked) == sorted(boxes)
     metrics = quick.json("metrics.json")
     assert metrics["controls"]["native"]["acc@0.5"] == metrics["controls"]["native"]["mean_iou"] == 0.6
@@ -371,77 +353,71 @@ def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest
     assert [row["native_answer"] for row in rows] == ["yes", "I see none", "yes", "I see none", "yes"]
     assert rows[0]["native_box"] == entries[0]["bbox"] and rows[1]["native_box"] is None
     asked.clear()
-    assert quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "native=false").status == 0
-    assert quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "controls=false").status == 0
+    native = (*OPTIONS, "worst=0", "model.native_box=llava")
+    quick.succeed(*native, "native=false")
+    quick.succeed(*native, "controls=false")
     assert not asked
-    assert (
-        quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "controls=false", "native=true").status
-        == 0
-    )
+    quick.succeed(*native, "controls=false", "native=true")
     assert len(asked) == 5 and list(quick.json("metrics.json")["controls"]) == ["native"]
 
 
-def test_the_embedded_model_is_really_asked(quick: Front) -> None:
-    """Told to answer as LLaVA does, it writes words, in which there is no box: misses, not a crash."""
+def test_answers_without_a_box_are_misses(quick: Front) -> None:
+    """The embedded model, asked in the format of LLaVA, writes words."""
     write_truths(2)
-    result = quick.finder(*OPTIONS, "worst=0", "model.native_box=llava")
-    assert result.status == 0, result.err
+    quick.succeed(*OPTIONS, "worst=0", "model.native_box=llava")
     assert quick.json("metrics.json")["controls"]["native"]["mean_iou"] == 0
     assert all(isinstance(row["native_answer"], str) for row in read_rows(quick))
 
 
-def test_a_model_without_boxes_is_not_asked(quick: Front) -> None:
-    write_truths(1)
-    result = quick.finder(*OPTIONS, "native=true")
-    assert result.status == 2
-    assert "native=true: embedded is not known to write boxes" in one_line(result.err)
-
-
 @pytest.mark.parametrize(
-    "option", ["controls=maybe", "native=yes please", "bootstrap=word", "worst=-1", "model.native_box=gpt"]
+    ("option", "message"),
+    [
+        ("controls=maybe", "controls"),
+        ("native=yes\\ please", "native"),
+        ("native=true", "native=true: embedded is not known to write boxes"),
+        ("bootstrap=word", "bootstrap"),
+        ("worst=-1", "worst"),
+        ("model.native_box=gpt", "model.native_box"),
+    ],
 )
-def test_wrong_options_are_named(quick: Front, option: str) -> None:
+def test_wrong_options_are_one_line(quick: Front, option: str, message: str) -> None:
     write_truths(1)
-    result = quick.finder(*OPTIONS, option.replace(" ", "\\ "))
-    assert result.status == 2
-    assert option.partition("=")[0] in one_line(result.err)
+    assert message in quick.error(*OPTIONS, option)
 
 
 # ------------------------------------------------------------------------------------------ no head passes
 
 
 @pytest.mark.parametrize(
-    ("scale", "said"),
+    ("scale", "message"),
     [((1, 1), "they look like 0 to 1, such as"), ((1000, 1000), "they look like 0 to 1000")],
 )
-def test_boxes_that_are_no_pixels_are_an_error(quick: Front, scale: tuple[int, int], said: str) -> None:
-    """They would all score 0. Of images of 64 x 48 pixels."""
+def test_boxes_that_are_not_in_pixels_are_an_error(
+    quick: Front, scale: tuple[int, int], message: str
+) -> None:
+    """They would all score 0."""
     entries = write_truths(masks=False)
     for entry in entries:
         entry["bbox"] = [
             x / side * n for x, side, n in zip(entry["bbox"], (64, 48) * 2, scale * 2, strict=True)
         ]
     write_lines(Path("data.jsonl"), entries)
-    result = quick.finder(*OPTIONS)
-    assert result.status == 2
-    assert said in one_line(result.err)
-    assert "of 64 x 48 pixels (line 1 (entry_0))" in result.err
+    error = quick.error(*OPTIONS)
+    assert message in error and "of 64 x 48 pixels (line 1 (entry_0))" in error
 
 
 def test_no_head_passes(quick: Front, lvlm: LVLM) -> None:
-    """One refusal for an image, one failed entry in a batch; never a head that nobody chose."""
+    """An error for a single image, and a failed entry in a data set."""
     write_truths(2)
-    nobody = ("heads=greedy", "criteria.tau=2", "visualize_batch=false")
-    one = ("image_file=image_0.png", "query=the dog")
+    no_heads = ("heads=greedy", "criteria.tau=2", "visualize_batch=false")
+    single = ("image_file=image_0.png", "query=the dog")
     for stage in ("ground", "pipeline"):
-        result = quick.finder(f"stage={stage}", *one, *nobody)
-        assert result.status == 2, (stage, result.err)
-        assert "no head passes the criteria" in one_line(result.err)
+        assert "no head passes the criteria" in quick.error(f"stage={stage}", *single, *no_heads)
     for stage in ("ground", "evaluate"):
-        result = quick.finder(f"stage={stage}", "data_file=data.jsonl", *nobody)
+        result = quick.finder(f"stage={stage}", "data_file=data.jsonl", *no_heads)
         assert result.status == 1
         assert "no head passes the criteria" in result.out
-    result = quick.finder("stage=batch", "data_file=data.jsonl", *nobody)
+    result = quick.finder("stage=batch", "data_file=data.jsonl", *no_heads)
     assert result.status == 1, result.err
     assert result.out.count("no head passes") == 2
     lines = quick.lines()
@@ -457,7 +433,7 @@ def test_no_head_passes_in_the_viewer_and_from_python(
 
     write_truths(1)
     monkeypatch.setattr(visualize, "heads_for_file", lambda *_: None)
-    assert quick.finder("stage=collect", "image_file=image_0.png", "query=the dog", "save_id=x").status == 0
+    quick.succeed("stage=collect", "image_file=image_0.png", "query=the dog", "save_id=x")
     result = quick.visualize(f"attention_file={quick.out}/attention/x.pkl", "criteria.tau=2")
     assert result.status == 2
     assert "no head passes the criteria" in one_line(result.err)
@@ -467,13 +443,10 @@ def test_no_head_passes_in_the_viewer_and_from_python(
         lh.ground(lvlm, "image_0.png", "the dog")
 
 
-def test_a_wrong_option_is_not_every_entrys_fault(quick: Front) -> None:
+def test_a_wrong_option_fails_the_run_and_not_every_entry(quick: Front) -> None:
     write_truths(2)
     for heads in ("heads=greedy", "heads=[2-0]"):
-        result = quick.finder("stage=evaluate", "data_file=data.jsonl", heads, "criteria.exclude_layers=99")
-        assert result.status == 2
-        assert "criteria.exclude_layers=99" in one_line(result.err)
+        option = "criteria.exclude_layers=99"
+        assert option in quick.error("stage=evaluate", "data_file=data.jsonl", heads, option)
     Path("folder").mkdir()
-    result = quick.finder(*OPTIONS, "segmenter=sam", "segmenter.name=folder")
-    assert result.status == 2
-    assert "segmenter.name=folder" in one_line(result.err)
+    assert "segmenter.name=folder" in quick.error(*OPTIONS, "segmenter=sam", "segmenter.name=folder")

@@ -1,4 +1,4 @@
-"""`stage=rank`: what `find` would end with, from the statistics on disk and without the model."""
+"""`stage=rank`: the ranking of `find` from stored statistics, without the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def front(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
     return front
 
 
-def forbid(patch: pytest.MonkeyPatch) -> None:
+def forbid_loading(patch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
@@ -39,8 +39,8 @@ def contents(folder: str = "outputs/localization_heads/tiny") -> list[bytes]:
     return [(Path(folder) / name).read_bytes() for name in FILES]
 
 
-def test_equals_find_with_the_same_options(front: Front) -> None:
-    """Byte for byte, for everything that the ranking chooses among; `find` or `batch` makes the statistics, once."""
+def test_rank_equals_find_byte_for_byte(front: Front) -> None:
+    """For every option of the ranking, on statistics that `find` or `batch` stored once."""
     variants = [
         [], ["criteria.entropy=mass"], ["criteria.tau=0.05"],
         ["criteria.tau=0", "criteria.exclude_layers=0", "top_n=3"],
@@ -49,24 +49,23 @@ def test_equals_find_with_the_same_options(front: Front) -> None:
     ]  # fmt: skip
     expected = []
     for number, options in enumerate(variants):
-        assert front.finder(*FIND, *options, f"output_dir=fresh_{number}").status == 0
+        front.succeed(*FIND, *options, f"output_dir=fresh_{number}")
         expected.append(contents(f"fresh_{number}/tiny"))
     for first in ("find", "batch"):
         folder = f"output_dir={first}"
-        assert front.finder(f"stage={first}", DATA, folder).status == 0
+        front.succeed(f"stage={first}", DATA, folder)
         with pytest.MonkeyPatch.context() as patch:
-            forbid(patch)
-            for options, wanted in zip(variants, expected, strict=True):
-                result = front.finder("stage=rank", DATA, folder, *options)
-                assert result.status == 0, result.err
-                assert contents(f"{first}/tiny") == wanted, options
+            forbid_loading(patch)
+            for options, files in zip(variants, expected, strict=True):
+                front.succeed("stage=rank", DATA, folder, *options)
+                assert contents(f"{first}/tiny") == files, options
         assert len(list(Path(f"{first}/tiny/statistics").glob("*.bin"))) == 1
-    assert len({files[0] for files in expected}) == len(variants), "an option changed nothing"
+    assert len({files[0] for files in expected}) == len(variants), "some option had no effect"
 
 
 def test_needs_neither_torch_nor_transformers(front: Front) -> None:
-    """In a process that cannot import them; its figures are drawn."""
-    assert front.finder(*FIND).status == 0
+    """In a process that cannot import them."""
+    front.succeed(*FIND)
     before = contents()
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -83,7 +82,7 @@ def test_needs_neither_torch_nor_transformers(front: Front) -> None:
 
 
 def test_reports_the_entries_that_find_reported(front: Front) -> None:
-    """Same status, same table, same heads; also when another data set went through the store between."""
+    """Same status, table and heads, even after `find` on another data set with the same store."""
     good = read_lines("data.jsonl")
     bad = [
         "{",
@@ -93,56 +92,52 @@ def test_reports_the_entries_that_find_reported(front: Front) -> None:
     ]
     write_lines(Path("bad.jsonl"), [*good, *bad])
     found = front.finder("stage=find", "data_file=bad.jsonl", "report=false")
-    assert front.finder(*FIND, "output_dir=outputs/localization_heads").status == 0
+    front.succeed(*FIND, "output_dir=outputs/localization_heads")
     assert found.status == 1
     expected = contents()
     with pytest.MonkeyPatch.context() as patch:
-        forbid(patch)
+        forbid_loading(patch)
         ranked = front.finder("stage=rank", "data_file=bad.jsonl")
     assert ranked.status == 1
     assert contents() == expected
     for result in (found, ranked):
         assert "lies outside the image" in result.out
-    announced, _, told = found.out.partition("\n")  # before the model is loaded, which rank does without
-    assert announced.split() == ["stage=find", "embedded", "bad.jsonl"]
-    assert ranked.out == told
+    headline, _, rest = found.out.partition("\n")  # printed before the model is loaded
+    assert headline.split() == ["stage=find", "embedded", "bad.jsonl"]
+    assert ranked.out == rest
 
 
-def test_entries_without_statistics_are_work_for_find(front: Front) -> None:
-    """Another draw needs other samples: nothing is written, and the error says what to do."""
-    assert front.finder(*FIND, "num_samples=1", "num_trials=1").status == 0
+def test_rank_refuses_entries_without_statistics(front: Front) -> None:
+    """Another draw needs other samples: nothing is written until `find` has run."""
+    front.succeed(*FIND, "num_samples=1", "num_trials=1")
     before = contents()
-    result = front.finder("stage=rank", DATA)
-    assert result.status == 1
-    assert "4 of the 5 entries drawn have no statistics" in one_line(result.err)
+    assert "4 of the 5 entries drawn have no statistics" in front.error("stage=rank", DATA, status=1)
     assert contents() == before
-    assert front.finder(*FIND).status == 0
-    assert front.finder("stage=rank", DATA).status == 0
+    front.succeed(*FIND)
+    front.succeed("stage=rank", DATA)
 
 
-def test_other_settings_are_named(front: Front) -> None:
-    """What the statistics depend on cannot be changed afterwards; the error says how they were made."""
+def test_options_that_the_statistics_depend_on_cannot_change(front: Front) -> None:
+    """The error names the options under which they were made."""
     result = front.finder("stage=rank", DATA)
     assert (result.status, "none yet" in one_line(result.err)) == (2, True)
-    assert front.finder(*FIND, "conv_mode=plain").status == 0
-    for option, said in (
+    front.succeed(*FIND, "conv_mode=plain")
+    for option, stored in (
         ("criteria.threshold=0.001", "conv_mode=plain, criteria.threshold=mean"),
         ("criteria.means=2", "conv_mode=plain, criteria.means=1.0"),
         ("criteria.bottom_row_above=0.05", "conv_mode=plain, criteria.bottom_row_above=null"),
         ("query_token=expression_end", "conv_mode=plain, query_token=last"),
         ("model.system=Look.", "model.system=null, conv_mode=plain"),
     ):
-        result = front.finder("stage=rank", DATA, option)
-        assert result.status == 2
-        assert f"only with {said})" in one_line(result.err)
-    assert front.finder("stage=rank", DATA, "conv_mode=plain").status == 0
+        assert f"only with {stored})" in front.error("stage=rank", DATA, option)
+    front.succeed("stage=rank", DATA, "conv_mode=plain")
     result = front.finder("stage=rank", DATA, "conv_mode=plain", "criteria.exclude_layers=99")
     assert "criteria.exclude_layers=99" in one_line(result.err)
 
 
-def test_of_other_weights_the_store_used_last_is_taken(front: Front) -> None:
-    """The same options, another fingerprint: only the model could tell which is right; a note says so."""
-    assert front.finder(*FIND).status == 0
+def test_of_two_stores_with_other_weights_the_last_used_is_taken(front: Front) -> None:
+    """With the same options and another fingerprint, only the model could tell which store is right."""
+    front.succeed(*FIND)
     before = contents()
     (mine,) = find_stores(front.out / "statistics")
     store = mine.open()
@@ -164,18 +159,17 @@ def test_of_other_weights_the_store_used_last_is_taken(front: Front) -> None:
         header = path.with_suffix(".json")
         then = header.stat().st_mtime - age
         os.utime(header, (then, then))
-    result = front.finder("stage=rank", DATA)
-    assert result.status == 0
+    result = front.succeed("stage=rank", DATA)
     assert "taking the one used last" in result.err
     assert contents() != before
     assert front.finder(*FIND).status == 0  # opens its own store
-    assert front.finder("stage=rank", DATA).status == 0
+    front.succeed("stage=rank", DATA)
     assert contents() == before
 
 
-def test_what_is_no_header_is_passed_over(front: Front) -> None:
-    """Files of others, of an older version, too large, or with sizes that nothing has."""
-    assert front.finder(*FIND).status == 0
+def test_invalid_store_headers_are_ignored(front: Front) -> None:
+    """Other files, headers of an older version, too large ones, and impossible sizes."""
+    front.succeed(*FIND)
     folder = front.out / "statistics"
     (sound,) = find_stores(folder)
     header = json.loads(next(folder.glob("*.json")).read_text())

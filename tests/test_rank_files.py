@@ -1,4 +1,4 @@
-"""`stage=rank attention_files=`: heads ranked over files of any of the formats, without a model."""
+"""`stage=rank attention_files=`: heads ranked over attention files of every format, without a model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stack(number: int, grid: tuple[int, int] = (5, 5), heads: int = 4) -> NDArra
     )  # fmt: skip
 
 
-def ours(name: str, maps: NDArray[np.float32], image: str, query: str, model: str = MODEL) -> None:
+def write_ours(name: str, maps: NDArray[np.float32], image: str, query: str, model: str = MODEL) -> None:
     height, width = maps.shape[2:]
     known: dict[str, Any] = {"image_file": image, "query": query, "model": model, "id": Path(name).stem}
     known["asked"] = {"query_token": "last"}
@@ -57,15 +57,15 @@ def tensor(maps: NDArray[np.float32]) -> Any:
     return torch.from_numpy(maps.reshape(*maps.shape[:2], 1, -1).copy())
 
 
-def seed(name: str, maps: NDArray[np.float32], image: str, query: str) -> None:
-    """As the code of June 2025 writes it."""
+def write_june(name: str, maps: NDArray[np.float32], image: str, query: str) -> None:
+    """In the format of the published code of June 2025."""
     path = Path("files") / f"{name}.pkl"
     path.write_bytes(pickle.dumps(tensor(maps)))
     metadata = {"image_file": image, "query": query, "image_size": (50, 40)}
     path.with_name(f"{name}_metadata.pkl").write_bytes(pickle.dumps(metadata))
 
 
-def august(name: str, maps: NDArray[np.float32], image: str, query: str) -> None:
+def write_august(name: str, maps: NDArray[np.float32], image: str, query: str) -> None:
     meta = {"image_file": image, "query": query, "image_size": (50, 40), "patch_size": maps.shape[3]}
     content = pickle.dumps({"attn": tensor(maps), "meta": meta})
     (Path("files") / f"{name}.pkl.gz").write_bytes(gzip.compress(content))
@@ -76,19 +76,18 @@ def heads_json(folder: Path = OUT) -> dict[str, Any]:
     return found
 
 
-def test_files_of_every_format_and_grid_are_ranked_as_their_maps_are(front: Front) -> None:
-    """Seven files of four images; the sensitivity is the mean over all pairs of an image's files."""
+def test_files_of_every_format_and_grid_are_ranked_like_their_maps(front: Front) -> None:
+    """Seven files of three images; the sensitivity is the mean over all pairs of an image's files."""
     maps = [stack(n, (4, 6) if n == 2 else (5, 5)) for n in range(7)]
-    ours("a.pkl", maps[0], "one.jpg", "the dog")
-    ours("b.safetensors", maps[1], "one.jpg", "the cat")
-    ours("c.pkl", maps[2], "wide.jpg", "the tree")
-    seed("d", maps[3], "two.jpg", "a car")
-    seed("e", maps[4], "two.jpg", "a bus")
-    seed("f", maps[5], "two.jpg", "A car.")  # the same query: no other expression
-    august("g", maps[6], "two.jpg", "a man")
-    (Path("files") / "a_analysis.pkl").write_bytes(b"passed over")
-    result = front.finder("stage=rank", "attention_files=files", "top_n=3", "num_trials=2")
-    assert result.status == 0, result.err
+    write_ours("a.pkl", maps[0], "one.jpg", "the dog")
+    write_ours("b.safetensors", maps[1], "one.jpg", "the cat")
+    write_ours("c.pkl", maps[2], "wide.jpg", "the tree")
+    write_june("d", maps[3], "two.jpg", "a car")
+    write_june("e", maps[4], "two.jpg", "a bus")
+    write_june("f", maps[5], "two.jpg", "A car.")  # the same query: no other expression
+    write_august("g", maps[6], "two.jpg", "a man")
+    (Path("files") / "a_analysis.pkl").write_bytes(b"ignored")
+    front.succeed("stage=rank", "attention_files=files", "top_n=3", "num_trials=2")
     statistics = [head_statistics(one) for one in maps]
     sums, entropies = (
         np.stack([getattr(one, name) for one in statistics]) for name in ("attention_sum", "spatial_entropy")
@@ -107,19 +106,18 @@ def test_files_of_every_format_and_grid_are_ranked_as_their_maps_are(front: Fron
             next(one.selection_frequency for one in ranking.kept if one.address == place), abs=1e-6
         )
         assert head["sensitivity"] == pytest.approx(expected[place], abs=1e-5)
-    robust = front.finder("stage=rank", "attention_files=files/*", "top_n=3", "criteria=robust")
-    assert robust.status == 0, robust.err
+    front.succeed("stage=rank", "attention_files=files/*", "top_n=3", "criteria=robust")
     order = [head["sensitivity"] for head in heads_json()["heads"]]
     assert order == sorted(order, reverse=True)
     assert heads_json()["found_with"]["criteria"] == "robust"
     assert "query_token" not in heads_json()["found_with"]  # files of the published code do not say
 
 
-def test_broken_files_are_named_and_the_rest_goes_on(front: Front) -> None:
+def test_broken_files_are_reported_and_the_rest_is_ranked(front: Front) -> None:
     for n in range(3):
-        ours(f"{n}.pkl", stack(n), f"{n}.jpg", "it")
+        write_ours(f"{n}.pkl", stack(n), f"{n}.jpg", "it")
     (Path("files") / "bad.pkl").write_bytes(b"no pickle")
-    ours("nan.pkl", stack(3), "3.jpg", "it")
+    write_ours("nan.pkl", stack(3), "3.jpg", "it")
     broken = pickle.loads((Path("files") / "nan.pkl").read_bytes())
     broken["attention"][0, 0, 0, 0] = np.nan
     (Path("files") / "nan.pkl").write_bytes(pickle.dumps(broken))
@@ -134,7 +132,7 @@ def test_broken_files_are_named_and_the_rest_goes_on(front: Front) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "options", "said"),
+    ("wrong", "options", "message"),
     [
         ("none", [], "no attention file there"),
         ("heads", [], "4 layers of 3 heads"),
@@ -145,22 +143,24 @@ def test_broken_files_are_named_and_the_rest_goes_on(front: Front) -> None:
         ("stage", [], "stage=rank"),
     ],
 )
-def test_what_cannot_be_ranked_is_one_line(front: Front, wrong: str, options: list[str], said: str) -> None:
+def test_what_cannot_be_ranked_is_one_line(
+    front: Front, wrong: str, options: list[str], message: str
+) -> None:
     if wrong != "none":
-        ours("a.pkl", stack(0), "a.jpg", "it", model="" if wrong == "nameless" else MODEL)
+        write_ours("a.pkl", stack(0), "a.jpg", "it", model="" if wrong == "nameless" else MODEL)
     if wrong in ("heads", "model"):
         other = "other/model" if wrong == "model" else MODEL
-        ours("b.pkl", stack(1, heads=3 if wrong == "heads" else 4), "b.jpg", "it", model=other)
+        write_ours("b.pkl", stack(1, heads=3 if wrong == "heads" else 4), "b.jpg", "it", model=other)
     stage = "find" if wrong == "stage" else "rank"
     result = front.finder(f"stage={stage}", "attention_files=files", *options)
     assert result.status == 2, result.out
-    assert said in result.err
+    assert message in result.err
     assert not list(Path().glob("outputs/**/heads.json"))
 
 
 def test_needs_neither_torch_nor_the_model(front: Front) -> None:
     for n in range(3):
-        ours(f"{n}.safetensors" if n else "0.pkl", stack(n), "one.jpg", f"thing {n}")
+        write_ours(f"{n}.safetensors" if n else "0.pkl", stack(n), "one.jpg", f"thing {n}")
     program = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
         "from localization_heads.apps.finder import finder\n"
@@ -175,30 +175,30 @@ def test_needs_neither_torch_nor_the_model(front: Front) -> None:
 
 
 @pytest.mark.parametrize("place", [2, 8], ids=["while collecting", "while comparing"])
-def test_a_killed_ranking_goes_on(front: Front, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    """Five files, of which three are of one image; the results are those of a run in one go, to the byte."""
+def test_an_interrupted_ranking_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Five files, three of them of one image; the results equal those of an uninterrupted run, to the byte."""
     for n in range(5):
-        ours(f"{n}.pkl", stack(n), "two.jpg" if n > 2 else "one.jpg", f"thing {n}")
+        write_ours(f"{n}.pkl", stack(n), "two.jpg" if n > 2 else "one.jpg", f"thing {n}")
     words = ("stage=rank", "attention_files=files", "criteria=robust", "criteria.mirrored=0")
-    assert front.finder(*words).status == 0
+    front.succeed(*words)
     assert heads_json()["found_with"]["query_token"] == "last"
     whole = [(OUT / name).read_bytes() for name in ("heads.json", "heads.csv")]
     loaded: list[str] = []
     load = rank_files.load_attention
 
-    def dies(path: Path) -> AttentionMaps:
+    def interrupt(path: Path) -> AttentionMaps:
         if len(loaded) == place:
             raise KeyboardInterrupt
         loaded.append(path.name)
         return load(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rank_files, "load_attention", dies)
+        patch.setattr(rank_files, "load_attention", interrupt)
         assert front.finder(*words).status not in (0, 1, 2)
     again: list[str] = []
     monkeypatch.setattr(rank_files, "load_attention", lambda path: (again.append(path.name), load(path))[1])
     (OUT / "heads.json").unlink()
-    assert front.finder(*words).status == 0
+    front.succeed(*words)
     names = [f"{n}.pkl" for n in range(5)]
     assert again == ([*names[2:], *names] if place == 2 else names[3:])
     assert [(OUT / name).read_bytes() for name in ("heads.json", "heads.csv")] == whole
