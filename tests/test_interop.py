@@ -1,4 +1,4 @@
-"""Other tools' forms: heads in and out, COCO, supervision, FiftyOne, the hub, the pipeline."""
+"""Formats of other tools: head lists, COCO, supervision, FiftyOne, the hub and transformers pipelines."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from front import one_line, stub_figures, write_data
+from front import stub_figures, write_data
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -52,7 +52,19 @@ def image(tmp_path):
     return path
 
 
-def test_scores_survive_the_way_out_and_in(ranking, tmp_path):
+@pytest.fixture
+def mask():
+    """5 x 20 pixels of `image`."""
+    mask = np.zeros((20, 40), bool)
+    mask[5:10, 10:30] = True
+    return mask
+
+
+BOX = (10.0, 5.0, 30.0, 10.0)
+"""The box of `mask`."""
+
+
+def test_scores_round_trip(ranking, tmp_path):
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(scores_of(ranking)))
     assert load_head_list(path) == [head.address for head in ranking.kept]
@@ -60,7 +72,7 @@ def test_scores_survive_the_way_out_and_in(ranking, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("picture", "name", "number"),
+    ("picture", "name", "image_id"),
     [
         ("coco:581857", "a.png", 581857),
         ("", "COCO_train2014_000000000009.jpg", 9),
@@ -68,14 +80,14 @@ def test_scores_survive_the_way_out_and_in(ranking, tmp_path):
         ("flickr:7", "7.jpg", 1),
     ],
 )
-def test_cocos_own_ids_of_images(picture, name, number, tmp_path):
+def test_images_keep_their_coco_ids(picture, name, image_id, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     sample = Sample(tmp_path / name, "it", id="a", picture=picture)
     data = to_coco([Prediction("a", (0, 0, 4, 4), 0.5)], {"a": sample})
-    assert [image["id"] for image in data["images"]] == [data["annotations"][0]["image_id"]] == [number]
+    assert [image["id"] for image in data["images"]] == [data["annotations"][0]["image_id"]] == [image_id]
 
 
-def test_head_lists_of_the_published_code_and_of_gaze_heads(tmp_path):
+def test_head_lists_of_the_published_code_and_of_gaze_heads_are_read(tmp_path):
     first = {"layer": 14, "head": 26, "count": 406, "frequency": 0.406}
     second = {"layer": 14, "head": 24, "frequency": 0.571}
     more = {"directory": "/content", "model_dir": "llava", "top_k": 5, "total_files": 1000}
@@ -90,14 +102,14 @@ def test_head_lists_of_the_published_code_and_of_gaze_heads(tmp_path):
         resolve_heads(str(path), 1)
 
 
-def test_heads_json_is_read_as_before(ranking, tmp_path):
+def test_heads_json_is_read(ranking, tmp_path):
     path, _ = save_ranking(ranking, tmp_path)
     assert load_head_list(path) == [head.address for head in ranking.kept]
     assert lh.load_heads(path).top(2) == ranking.top(2)
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ([], "names no head"),
         ({}, "names no head"),
@@ -117,8 +129,8 @@ def test_heads_json_is_read_as_before(ranking, tmp_path):
         ("L1H2", "no list of heads"),
     ],
 )
-def test_scores_that_are_none(data, said):
-    with pytest.raises(UsageError, match=said):
+def test_invalid_scores_are_refused(data, message):
+    with pytest.raises(UsageError, match=message):
         read_scores(data)
 
 
@@ -130,8 +142,8 @@ def head_entry(layer, head):
 
 
 @pytest.mark.parametrize("form", ["heads.json", "list", "mapping"])
-def test_a_head_twice_at_the_end_of_a_long_file_is_found_at_once(form, ranking, tmp_path):
-    """Comparing every head with every other takes minutes here."""
+def test_a_duplicate_at_the_end_of_a_long_file_is_found_at_once(form, ranking, tmp_path):
+    """Comparing all pairs of heads would take minutes here."""
     heads = [(n, 0) for n in range(40_000)]
     path = tmp_path / "heads.json"
     if form == "heads.json":
@@ -151,15 +163,15 @@ def test_a_head_twice_at_the_end_of_a_long_file_is_found_at_once(form, ranking, 
 @pytest.mark.parametrize(
     "text", ["14-24", "L14H24", "L14 H24", " l14 - h24 ", "14,24", "14:24", "14  24", "14h24"]
 )
-def test_the_forms_of_a_heads_name(text):
+def test_a_heads_name_has_several_forms(text):
     assert Head.parse(text) == Head(14, 24)
 
 
 @pytest.mark.parametrize(
     "text", ["", "1424", "14--24", "H24", "L14", "14-24-3", "1" * 40_000, " " * 40_000, "14-" + "2" * 40_000]
 )
-def test_what_names_no_head_is_refused_at_once(text):
-    """40,000 digits held a quadratic pattern for minutes."""
+def test_what_is_no_head_is_refused_at_once(text):
+    """A quadratic pattern took minutes for 40,000 digits."""
     started = time.process_time()
     with pytest.raises(ValueError, match="names no head") as caught:
         Head.parse(text)
@@ -167,7 +179,7 @@ def test_what_names_no_head_is_refused_at_once(text):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"version": "1" * 10_000_000}, "version"),
         ({"tau": [0] * 1_000_000}, "tau"),
@@ -176,19 +188,17 @@ def test_what_names_no_head_is_refused_at_once(text):
         ({"spread": {"a": "b" * 1_000_000}}, "spread"),
     ],
 )
-def test_what_is_wrong_in_heads_json_is_said_in_a_short_line(change, said, ranking, tmp_path):
+def test_errors_in_heads_json_are_short(change, message, ranking, tmp_path):
     (tmp_path / "heads.json").write_text(json.dumps({**ranking.to_json(), **change}))
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         load_head_list(tmp_path / "heads.json")
     assert len(str(caught.value)) < 200 + len(str(tmp_path))
 
 
-def test_coco_boxes_masks_and_shared_images(image):
-    mask = np.zeros((20, 40), bool)
-    mask[5:10, 10:30] = True
+def test_coco_has_boxes_masks_and_shared_images(image, mask):
     samples = {id: Sample(image, f"the {id}", id=id) for id in ("a", "b", "c")}
     predictions = [
-        Prediction("a", (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask)),
+        Prediction("a", BOX, 0.5, encode_mask(mask)),
         Prediction("b", (0.0, 0.0, 4.0, 2.0), 0.25),
         Prediction("c", error="broken"),
         Prediction("unknown", (0.0, 0.0, 1.0, 1.0), 1.0),
@@ -202,7 +212,7 @@ def test_coco_boxes_masks_and_shared_images(image):
     assert (second["expression"], second["sample_id"], second["score"]) == ("the b", "b", 0.25)
 
 
-def test_coco_has_all_boxes_of_an_expression(image):
+def test_coco_has_every_box_of_an_expression(image):
     boxes = [Instance((0.0, 0.0, 4.0, 2.0), 0.5), Instance((10.0, 0.0, 12.0, 2.0), 0.25)]
     predictions = [
         Prediction("a", (0.0, 0.0, 4.0, 2.0), 0.5, boxes=boxes),
@@ -216,20 +226,16 @@ def test_coco_has_all_boxes_of_an_expression(image):
     ]
 
 
-def test_pycocotools_reads_what_is_exported(image, tmp_path):
-    from pycocotools.coco import COCO
-
-    mask = np.zeros((20, 40), bool)
-    mask[5:10, 10:30] = True
-    prediction = Prediction("a", (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask))
+def test_pycocotools_reads_the_export(image, mask, tmp_path):
+    prediction = Prediction("a", BOX, 0.5, encode_mask(mask))
     file = tmp_path / "coco.json"
     file.write_text(json.dumps(to_coco([prediction], {"a": Sample(image, "it", id="a")})))
-    read = COCO(str(file))
-    (annotation,) = read.loadAnns(read.getAnnIds())
-    assert np.array_equal(read.annToMask(annotation).astype(bool), mask)
+    coco = COCO(str(file))
+    (annotation,) = coco.loadAnns(coco.getAnnIds())
+    assert np.array_equal(coco.annToMask(annotation).astype(bool), mask)
 
 
-def test_detections_of_supervision_hold_boxes_masks_and_names(grounding):
+def test_supervision_has_boxes_masks_and_names(grounding):
     pytest.importorskip("supervision")
     found = detections.to_supervision([grounding, grounding], ["dog", "cat"])
     assert np.allclose(found.xyxy, [grounding.box] * 2)
@@ -241,13 +247,17 @@ def test_detections_of_supervision_hold_boxes_masks_and_names(grounding):
         detections.to_supervision([grounding, grounding], ["dog"])
 
 
-def test_a_missing_extra_says_what_to_install(grounding, monkeypatch):
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    monkeypatch.setitem(sys.modules, "fiftyone", None)
-    with pytest.raises(UsageError, match=r"pip install 'localization-heads\[supervision\]'"):
-        detections.to_supervision([grounding])
-    with pytest.raises(UsageError, match=r"pip install 'localization-heads\[fiftyone\]'"):
-        detections.to_fiftyone([], {})
+@pytest.mark.parametrize(
+    ("extra", "export"),
+    [
+        ("supervision", lambda: detections.to_supervision([])),
+        ("fiftyone", lambda: detections.to_fiftyone([], {})),
+    ],
+)
+def test_a_missing_extra_says_how_to_install_it(extra, export, monkeypatch):
+    monkeypatch.setitem(sys.modules, extra, None)
+    with pytest.raises(UsageError, match=rf"pip install 'localization-heads\[{extra}\]'"):
+        export()
 
 
 class FakeSample(dict):
@@ -263,46 +273,42 @@ class FakeDataset:
         self.samples += samples
 
 
-def test_fiftyone_gets_relative_boxes_and_cut_masks(image, monkeypatch):
-    """Against the four names of the library that we use; the samples were also made with FiftyOne 1.22 itself."""
-    kinds = {"Dataset": FakeDataset, "Sample": FakeSample, "Detection": SimpleNamespace}
-    fake = SimpleNamespace(**kinds, Detections=SimpleNamespace)
+def test_fiftyone_gets_relative_boxes_and_cropped_masks(image, mask, monkeypatch):
+    """With fakes of the four classes that are used; the samples were also made with FiftyOne 1.22 itself."""
+    classes = {"Dataset": FakeDataset, "Sample": FakeSample, "Detection": SimpleNamespace}
+    fake = SimpleNamespace(**classes, Detections=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "fiftyone", fake)
-    mask = np.zeros((20, 40), bool)
-    mask[5:10, 10:30] = True
     samples = {id: Sample(image, id, id=id, bbox=(0.0, 0.0, 40.0, 10.0)) for id in "ab"}
-    predictions = [Prediction(id, (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask)) for id in "ab"]
+    predictions = [Prediction(id, BOX, 0.5, encode_mask(mask)) for id in "ab"]
     (sample,) = detections.to_fiftyone(predictions, samples, "mine").samples
-    found = sample["predictions"].detections
-    assert [d.label for d in found] == ["a", "b"]
-    assert found[0].bounding_box == [0.25, 0.25, 0.5, 0.25]
-    assert found[0].mask.shape == (5, 20)
-    assert found[0].mask.all()
+    first, second = sample["predictions"].detections
+    assert (first.label, second.label) == ("a", "b")
+    assert first.bounding_box == [0.25, 0.25, 0.5, 0.25]
+    assert first.mask.shape == (5, 20) and first.mask.all()
     assert sample["ground_truth"].detections[0].bounding_box == [0.0, 0.0, 1.0, 0.5]
 
 
-def test_an_answer_is_what_transformers_pipelines_give(grounding):
-    answer = answer_of(grounding, "dog")
+def test_pipeline_output_has_the_format_of_transformers(grounding):
+    output = answer_of(grounding, "dog")
     x0, y0, x1, y1 = grounding.box
-    assert answer["box"] == {"xmin": round(x0), "ymin": round(y0), "xmax": round(x1), "ymax": round(y1)}
-    assert answer["mask"].mode == "L"
-    assert np.array_equal(np.asarray(answer["mask"]) == 255, grounding.mask)
-    assert (answer["label"], answer["score"]) == ("dog", grounding.score)
+    assert output["box"] == {"xmin": round(x0), "ymin": round(y0), "xmax": round(x1), "ymax": round(y1)}
+    assert output["mask"].mode == "L"
+    assert np.array_equal(np.asarray(output["mask"]) == 255, grounding.mask)
+    assert (output["label"], output["score"]) == ("dog", grounding.score)
 
 
-def test_the_pipeline_grounds_as_ground_does():
+def test_the_pipeline_returns_the_results_of_ground():
     pipe = lh.pipeline()
-    image = "examples/images/cat.jpg"
-    one, two = pipe(image, ["cat", "the cat"])
-    same = lh.ground(pipe.lvlm, image, "cat")
-    assert one["box"] == answer_of(same, "cat")["box"]
-    assert two["label"] == "the cat"
-    assert pipe(load_image(image), "cat")["score"] == pytest.approx(one["score"], abs=1e-5)
+    path = "examples/images/cat.jpg"
+    first, second = pipe(path, ["cat", "the cat"])
+    assert first["box"] == answer_of(lh.ground(pipe.lvlm, path, "cat"), "cat")["box"]
+    assert [output["label"] for output in pipe(path, "cat; the cat")] == ["cat", second["label"]]
+    assert pipe(load_image(path), "cat")["score"] == pytest.approx(first["score"], abs=1e-5)
     assert lh.pipeline(pipe.lvlm).lvlm is pipe.lvlm
 
 
 class FakeApi:
-    """The hub's answers, and what it was given."""
+    """Stands in for `HfApi` and records what is uploaded."""
 
     error: Exception | None = None
 
@@ -312,50 +318,49 @@ class FakeApi:
     def create_repo(self, repository, private, exist_ok):
         if self.error:
             raise self.error
-        type(self).made = repository
 
     def create_commit(self, repository, additions, commit_message):
-        type(self).pushed = {a.path_in_repo: a.path_or_fileobj for a in additions}
+        type(self).uploaded = {a.path_in_repo: a.path_or_fileobj for a in additions}
         return SimpleNamespace(commit_url=f"hub/{repository}/commit/1")
 
 
-def test_heads_pushed_are_the_heads_loaded(ranking, tmp_path, monkeypatch):
+def test_pushed_heads_can_be_loaded(ranking, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
     assert lh.push_heads(ranking, "me/heads") == "hub/me/heads/commit/1"
-    (tmp_path / "heads.json").write_bytes(FakeApi.pushed["heads.json"])
-    asked = []
+    (tmp_path / "heads.json").write_bytes(FakeApi.uploaded["heads.json"])
+    downloads = []
 
     def download(repository, name, **options):
-        asked.append((repository, name))
+        downloads.append((repository, name))
         return str(tmp_path / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert lh.load_heads("me/heads").top(3) == ranking.top(3)
     assert resolve_heads("me/heads", 2) == tuple(ranking.top(2))
-    assert asked == [("me/heads", "heads.json")] * 2
-    noted = []
+    assert downloads == [("me/heads", "heads.json")] * 2
+    warnings = []
     lvlm = SimpleNamespace(
         attend_batch=None,
         num_layers=99,
         num_heads=99,
-        warn_of_other_conditions=lambda *given: noted.append(given),
+        warn_of_other_conditions=lambda *arguments: warnings.append(arguments),
     )
-    asked.clear()
+    downloads.clear()
     assert grounder_of(lvlm, "me/heads", CriteriaOptions(), None, None, 2).heads == tuple(ranking.top(2))
-    assert len(asked) == 1 and noted == [("heads=me/heads", ranking.found_with)]
-    card = FakeApi.pushed["README.md"].decode()
+    assert len(downloads) == 1 and warnings == [("heads=me/heads", ranking.found_with)]
+    card = FakeApi.uploaded["README.md"].decode()
     assert 'base_model: "org/model"' in card
     assert 'lh.load_heads("me/heads")' in card
 
 
-def test_a_hub_that_refuses_is_one_line(ranking, monkeypatch):
+def test_a_refused_upload_is_one_line(ranking, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
     monkeypatch.setattr(FakeApi, "error", OSError("401 Unauthorized\nlong tail"))
     with pytest.raises(WorkError, match=r"me/heads cannot be written \(401 Unauthorized\)"):
         lh.push_heads(ranking, "me/heads")
 
 
-def test_a_hub_that_is_not_there_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr(
         "localization_heads.lvlm.checkpoints.sources.hub_unreachable_reason", lambda: "no network"
     )
@@ -364,11 +369,8 @@ def test_a_hub_that_is_not_there_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["auto", "greedy", "a/b/c", "../heads", "user/heads.json", "3-4", "user/"])
-def test_names_that_are_no_repository(name):
+def test_these_names_are_no_repository(name):
     assert not hub.is_repository(name)
-
-
-# ------------------------------------------------------------------------------------------------ the command
 
 
 @pytest.fixture(autouse=True)
@@ -376,56 +378,40 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     stub_figures(monkeypatch)
 
 
-def test_export_after_a_batch(front):
+def test_export_writes_predictions_and_heads(front):
     data = write_data(front.folder, 3)
-    assert front.finder(f"data_file={data}").status == 0
-    result = front.finder("stage=export", f"data_file={data}")
-    assert result.status == 0, result.err
-    assert "predictions_coco.json" in result.out
+    front.succeed(f"data_file={data}")
+    assert "predictions_coco.json" in front.succeed("stage=export", f"data_file={data}").out
     coco = front.json("predictions_coco.json")
-    lines = front.lines()
-    for annotation, line in zip(coco["annotations"], lines, strict=True):
+    for annotation, line in zip(coco["annotations"], front.lines(), strict=True):
         x, y, width, height = annotation["bbox"]
         assert [x, y, x + width, y + height] == pytest.approx(line["bbox"])
         assert annotation["sample_id"] == line["id"]
     ranked = front.json("heads.json")["heads"]
     scores = front.json("heads_scores.json")
     assert scores == [[h["layer"], h["head"], h["selection_frequency"]] for h in ranked]
-    objects = front.json("heads_gaze.json")
-    assert [[one["layer"], one["head"], one["score"]] for one in objects] == scores
+    gaze = front.json("heads_gaze.json")
+    assert [[head["layer"], head["head"], head["score"]] for head in gaze] == scores
     mapping = front.json("heads_sparsemm.json")
-    assert list(mapping) == [f"{layer}-{head}" for layer in range(6) for head in range(8)], (
-        "every head, in order"
-    )
+    assert list(mapping) == [f"{layer}-{head}" for layer in range(6) for head in range(8)]
     assert all(mapping[f"{layer}-{head}"] == [score] for layer, head, score in scores)
-    loaded = COCO(front.out / "predictions_coco.json").loadRes(
-        str(front.out / "predictions_coco_results.json")
-    )
-    assert [one["bbox"] for one in loaded.anns.values()] == [one["bbox"] for one in coco["annotations"]]
-    heads = front.out / "heads_scores.json"
-    again = front.finder("stage=ground", f"data_file={data}", f"heads={heads}", "k=2")
-    assert again.status == 0, again.err
-    first = json.loads((front.out / "predictions.jsonl").read_text().splitlines()[0])
-    assert first["heads"] == [row[:2] for row in scores[:2]]
+    results = str(front.out / "predictions_coco_results.json")
+    loaded = COCO(front.out / "predictions_coco.json").loadRes(results).anns.values()
+    assert [entry["bbox"] for entry in loaded] == [entry["bbox"] for entry in coco["annotations"]]
+    front.succeed("stage=ground", f"data_file={data}", f"heads={front.out / 'heads_scores.json'}", "k=2")
+    assert front.lines()[0]["heads"] == [row[:2] for row in scores[:2]]
 
 
-def test_export_of_nothing(front):
-    result = front.finder("stage=export")
-    assert result.status == 2
-    assert "run stage=batch first" in one_line(result.err)
-
-
-def test_export_with_another_data_file(front):
+def test_export_needs_predictions_of_its_data_file(front):
+    assert "run stage=batch first" in front.error("stage=export")
     data = write_data(front.folder, 2)
-    assert front.finder("stage=ground", f"data_file={data}").status == 0
+    front.succeed("stage=ground", f"data_file={data}")
     (front.folder / "other.jsonl").write_text(data.read_text().replace("entry_", "other_"))
-    result = front.finder("stage=export", "data_file=other.jsonl")
-    assert result.status == 2
-    assert "name the data_file" in one_line(result.err)
+    assert "name the data_file" in front.error("stage=export", "data_file=other.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("mask", "said"),
+    ("mask", "message"),
     [
         ([[0, 0, 5, 0, 5, 5]], "line 1: .*'mask' must be COCO RLE"),
         ({"size": [0, 5], "counts": "0"}, "line 1: .*'size' must be"),
@@ -435,11 +421,9 @@ def test_export_with_another_data_file(front):
         ({"size": [5, 5], "counts": "\x00\xff"}, "the prediction of 'entry_0'"),
     ],
 )
-def test_export_of_bad_masks_is_one_line(mask, said, front):
+def test_a_bad_mask_is_refused_in_one_line(mask, message, front):
     data = write_data(front.folder, 1)
     line = {"id": "entry_0", "bbox": [0, 0, 1, 1], "score": 0.5, "mask": mask, "heads": [], "error": None}
     front.out.mkdir(parents=True, exist_ok=True)
     (front.out / "predictions.jsonl").write_text(json.dumps(line))
-    result = front.finder("stage=export", f"data_file={data}")
-    assert result.status == 2
-    assert re.search(said, one_line(result.err))
+    assert re.search(message, front.error("stage=export", f"data_file={data}"))

@@ -1,4 +1,4 @@
-"""`lh.ground` from Python: one image or many, one expression or many; what it returns shows and saves itself."""
+"""`lh.ground` for one or many images and expressions, and `Located`, which plots, saves and exports itself."""
 
 from __future__ import annotations
 
@@ -29,43 +29,30 @@ from localization_heads.segmentation.grabcut import GrabCut
 HEADS = ["L2H0", (3, 1)]
 
 
-@pytest.fixture(scope="module")
-def lvlm() -> LVLM:
-    return lh.load_model(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def ground(lvlm: LVLM, image: Any, expression: Any, **named: Any) -> Any:
     return lh.ground(lvlm, image, expression, named.pop("heads", HEADS), segmenter=None, **named)
 
 
-def test_several_expressions_of_one_image(lvlm: LVLM, image: Image.Image) -> None:
-    """As a list, or as on the command line; the same as one by one."""
-    one_by_one = [ground(lvlm, image, text) for text in ("the dog", "the cat")]
-    for expression in (
-        ["the dog", "the cat"],
-        ("the dog", "the cat"),
-        "the dog; the cat",
-        ["the dog;the cat"],
-    ):
-        found = ground(lvlm, image, expression)
-        assert [one.expression for one in found] == ["the dog", "the cat"]
-        assert [one.box for one in found] == [one.box for one in one_by_one]
-    assert isinstance(ground(lvlm, image, ["the dog"]), list), "a list gives a list"
+def test_several_expressions_give_the_results_of_each_alone(lvlm: LVLM, image: Image.Image) -> None:
+    singly = [ground(lvlm, image, text) for text in ("the dog", "the cat")]
+    several = (["the dog", "the cat"], ("the dog", "the cat"), "the dog; the cat", ["the dog;the cat"])
+    for expression in several:
+        results = ground(lvlm, image, expression)
+        assert [result.expression for result in results] == ["the dog", "the cat"]
+        assert [result.box for result in results] == [result.box for result in singly]
+
+
+def test_a_list_gives_a_list_and_a_text_gives_one_result(lvlm: LVLM, image: Image.Image) -> None:
+    assert isinstance(ground(lvlm, image, ["the dog"]), list)
     assert isinstance(ground(lvlm, image, "the dog"), lh.Located)
 
 
-def test_many_images_go_through_the_model_together(
+def test_images_are_batched_in_order(
     lvlm: LVLM, image: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In batches, in order, and with the boxes of each alone; paths and images may be mixed."""
+    """With the boxes of each image alone; paths and images may be mixed."""
     images: list[Any] = [image.rotate(angle, expand=True) for angle in range(0, 360, 20)]
-    alone = [ground(lvlm, one, "the dog") for one in images]
+    singly = [ground(lvlm, one, "the dog") for one in images]
     images[3].save(path := tmp_path / "a.png")
     images[3] = path
     batches: list[int] = []
@@ -76,17 +63,16 @@ def test_many_images_go_through_the_model_together(
         return attend_batch(self, images, *arguments, **named)
 
     monkeypatch.setattr(LVLM, "attend_batch", counted)
-    found = ground(lvlm, images, "the dog")
+    results = ground(lvlm, images, "the dog")
     assert batches == [16, 2]
-    for one, other in zip(found, alone, strict=True):
-        assert one.box == pytest.approx(other.box)
-    assert found[3].name == str(path)
+    for result, expected in zip(results, singly, strict=True):
+        assert result.box == pytest.approx(expected.box)
+    assert results[3].name == str(path)
     pairs = ground(lvlm, images[:2], ["the dog", "the cat"])
-    assert [one.expression for one in pairs] == ["the dog", "the cat"]
+    assert [pair.expression for pair in pairs] == ["the dog", "the cat"]
 
 
-def test_one_way_or_the_other(lvlm: LVLM, image: Image.Image) -> None:
-    """Images, heads and options as they come; the results are the same."""
+def test_every_form_of_an_argument_gives_the_same_result(lvlm: LVLM, image: Image.Image) -> None:
     expected = ground(lvlm, image, "the dog").box
     pixels = np.array(image)
     for same in (pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
@@ -115,28 +101,22 @@ WRONG: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_wrong_arguments_are_one_line(said: str, lvlm: LVLM, image: Image.Image) -> None:
-    named = {"lvlm": lvlm, "image": image, "expression": "the dog", **WRONG[said]}
-    with pytest.raises(UsageError, match=re.escape(said)) as caught:
-        ground(named.pop("lvlm"), named.pop("image"), named.pop("expression"), **named)
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_raise_one_line(message: str, lvlm: LVLM, image: Image.Image) -> None:
+    arguments = {"lvlm": lvlm, "image": image, "expression": "the dog", **WRONG[message]}
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        ground(**arguments)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("expression", ["the dog; the cat", ["a", "b"], 3, []])
-def test_every_object_of_one_expression_at_a_time(lvlm: LVLM, image: Image.Image, expression: Any) -> None:
+def test_ground_all_takes_a_single_expression(lvlm: LVLM, image: Image.Image, expression: Any) -> None:
     assert lh.ground_all(lvlm, image, "the dogs", HEADS, segmenter=None)[0].expression
     with pytest.raises(ArgumentError, match="expression"):
         lh.ground_all(lvlm, image, expression, HEADS, segmenter=None)
 
 
-def test_a_pipeline_takes_several_in_one_text(lvlm: LVLM, image: Image.Image) -> None:
-    pipe = lh.pipeline(lvlm, HEADS)
-    assert [one["label"] for one in pipe(image, "the dog; the cat")] == ["the dog", "the cat"]
-    assert pipe(image, "the dog") == pipe(image, ["the dog"])[0]
-
-
-def test_presets_by_name() -> None:
+def test_segmenters_and_read_outs_by_name() -> None:
     assert isinstance(masks("grabcut"), GrabCut)
     assert masks("none") is masks(None) is None
     with pytest.raises(ArgumentError, match="segmenter='knife': choose one of author_hint, grabcut"):
@@ -146,8 +126,8 @@ def test_presets_by_name() -> None:
     assert read_out({"means": 3}).means == 3
 
 
-def test_a_ranking_shows_its_table() -> None:
-    """In a terminal, and in a notebook, where nothing of its text is markup."""
+def test_a_ranking_is_shown_as_a_table() -> None:
+    """In a terminal and in a notebook, where names are escaped."""
     heads = tuple(RankedHead(2, n, 0.9 - n / 100, 0.01, 0.5, None if n else 0.25) for n in range(17))
     ranking = HeadRanking(heads, 0.1, 10, 20, 5, model="<b>mine")
     text = str(ranking).splitlines()
@@ -164,41 +144,37 @@ def test_a_ranking_shows_its_table() -> None:
     assert page.count("<tr>") == 16
 
 
-def test_the_type_of_the_weights_as_torch_has_it() -> None:
+def test_load_model_takes_a_torch_dtype() -> None:
     half = lh.load_model(device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
 
 
-# -------------------------------------------------------------------------------------------- what it returns
-
-
 def located(corner: int = 1, name: str = "") -> Located:
-    """A box of 2 x 2 cells of 10 pixels, its first cell at `corner`."""
+    """A box of 2 x 2 cells of 10 pixels each, the first cell at `corner`."""
     attention = np.zeros((1, 1, 6, 8), dtype=np.float32)
     attention[0, 0, corner : corner + 2, corner : corner + 2] = 1
     maps = AttentionMaps(attention, image_size=(80, 60), image_box=(0, 0, 80, 60))
-    found = ground_maps(maps, [Head(0, 0)], GroundingOptions(kernel_size=1))
-    return Located.of(found, Image.new("RGB", (80, 60), "grey"), "the dog", name)
+    grounding = ground_maps(maps, [Head(0, 0)], GroundingOptions(kernel_size=1))
+    return Located.of(grounding, Image.new("RGB", (80, 60), "grey"), "the dog", name)
 
 
-def test_as_a_line_of_predictions() -> None:
-    said = json.loads(json.dumps(located(name="cat.png").to_dict()))
-    assert (said["expression"], said["image"]) == ("the dog", "cat.png")
-    assert said["bbox"] == [10, 10, 30, 30]
-    assert said["image_size"] == [80, 60]
-    assert said["heads"] == [[0, 0]]
-    assert np.argwhere(read_mask(said["mask"], (80, 60))).min(axis=0).tolist() == [10, 10]
+def test_to_dict_is_a_line_of_predictions() -> None:
+    line = json.loads(json.dumps(located(name="cat.png").to_dict()))
+    assert (line["expression"], line["image"]) == ("the dog", "cat.png")
+    assert (line["bbox"], line["image_size"], line["heads"]) == ([10, 10, 30, 30], [80, 60], [[0, 0]])
+    assert np.argwhere(read_mask(line["mask"], (80, 60))).min(axis=0).tolist() == [10, 10]
 
 
-@pytest.mark.parametrize("ending", [".png", ".PDF", ".svg", ".json"])
-def test_saved_as_its_ending_says(ending: str, tmp_path: Path) -> None:
-    path = located().save(tmp_path / f"one{ending}")
-    beginning = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<svg", ".json": b"{"}[ending.lower()]
-    assert path.read_bytes().startswith(beginning)
+@pytest.mark.parametrize(
+    ("extension", "magic"), [(".png", b"\x89PNG"), (".PDF", b"%PDF"), (".svg", b"<svg"), (".json", b"{")]
+)
+def test_the_extension_decides_the_saved_format(extension: str, magic: bytes, tmp_path: Path) -> None:
+    path = located().save(tmp_path / f"one{extension}")
+    assert path.read_bytes().startswith(magic)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_wrong_extension_or_path_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"one\.txt: it must end in one of \.png"):
         located().save(tmp_path / "one.txt")
     (tmp_path / "file").write_text("")
@@ -206,15 +182,15 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         located().save(tmp_path / "file" / "one.json")
 
 
-def test_in_a_notebook() -> None:
+def test_a_notebook_shows_the_figure() -> None:
     assert located()._repr_png_().startswith(b"\x89PNG")
 
 
-def test_one_coco_data_set_of_several() -> None:
-    """Two results of one image share its entry; images in memory have one each."""
+def test_to_coco_combines_results() -> None:
+    """Results of one image share its entry; each image in memory has its own."""
     data = to_coco([located(1, "cat.png"), located(3, "cat.png"), located(1)])
     assert [image["id"] for image in data["images"]] == [1, 2]
-    assert [(one["image_id"], one["bbox"]) for one in data["annotations"]] == [
+    assert [(entry["image_id"], entry["bbox"]) for entry in data["annotations"]] == [
         (1, [10, 10, 20, 20]),
         (1, [30, 30, 20, 20]),
         (2, [10, 10, 20, 20]),
@@ -222,8 +198,8 @@ def test_one_coco_data_set_of_several() -> None:
     assert located().to_coco()["annotations"][0]["expression"] == "the dog"
 
 
-def test_a_result_becomes_a_detection_of_supervision() -> None:
+def test_to_supervision_gives_one_detection() -> None:
     pytest.importorskip("supervision")
-    found = located().to_supervision()
-    assert found.xyxy.tolist() == [[10, 10, 30, 30]]
-    assert found.data["class_name"].tolist() == ["the dog"]
+    detections = located().to_supervision()
+    assert detections.xyxy.tolist() == [[10, 10, 30, 30]]
+    assert detections.data["class_name"].tolist() == ["the dog"]

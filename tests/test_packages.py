@@ -1,8 +1,9 @@
-"""Packages that are missing or of a version that does not fit: one line each, before anything is imported."""
+"""Missing packages and unsupported versions: an error of one line, before anything is imported."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,15 +31,20 @@ from localization_heads.options.groups import ModelSpec
 from localization_heads.packages import GRADIO, REQUIRED, check_versions
 
 QUANTIZED = {
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+        "AWQ, which needs a package that is missing or too old: pip install gptqmodel",
+    ),
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "pip install 'localization-heads[quantization]'",
+    ),
+    "gptq": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        "GPTQ, which needs a package that is missing or too old: pip install gptqmodel optimum",
+    ),
 }
-WAYS = {
-    "awq": "AWQ, which needs a package that is missing or too old: pip install gptqmodel",
-    "bitsandbytes": "pip install 'localization-heads[quantization]'",
-    "gptq": "GPTQ, which needs a package that is missing or too old: pip install gptqmodel optimum",
-}
+"""Quantization method -> its configuration, and the advice for a missing package."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llava(tmp_path_factory.mktemp("models"))
 
 
-def refusal(spec: ModelSpec) -> str:
+def load_error(spec: ModelSpec) -> str:
     with pytest.raises(WorkError) as caught:
         load_model(spec, device="cpu")
     assert "\n" not in str(caught.value)
@@ -55,27 +61,25 @@ def refusal(spec: ModelSpec) -> str:
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
-def test_quantized_weights_name_the_package_that_is_missing(
-    method: str, folder: Path, tmp_path: Path
-) -> None:
+def test_quantized_weights_name_the_missing_package(method: str, folder: Path, tmp_path: Path) -> None:
     """The real errors of transformers, with none of the packages installed."""
     if method == "bitsandbytes" and find_spec(method):
         pytest.skip("bitsandbytes is installed")
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZED[method]}))
-    assert WAYS[method] in refusal(ModelSpec(str(tmp_path)))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config, advice = json.loads((folder / "config.json").read_text()), QUANTIZED[method][1]
+    config["quantization_config"] = QUANTIZED[method][0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert advice in load_error(ModelSpec(str(tmp_path)))
 
 
-def test_flash_attention_names_its_package_and_the_way_without(folder: Path) -> None:
-    message = refusal(ModelSpec(str(folder), attn_implementation="flash_attention_2"))
+def test_flash_attention_names_its_package_and_an_alternative(folder: Path) -> None:
+    message = load_error(ModelSpec(str(folder), attn_implementation="flash_attention_2"))
     assert "pip install flash-attn --no-build-isolation" in message
     assert "model.attn_implementation=sdpa" in message
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "advice"),
     [
         (ImportError("SmolVLM requires the num2words library"), "pip install num2words"),
         (ImportError("TimmWrapperModel requires the timm library"), "pip install --no-deps timm"),
@@ -85,13 +89,13 @@ def test_flash_attention_names_its_package_and_the_way_without(folder: Path) -> 
         (ValueError("awq"), None),
     ],
 )
-def test_the_line_of_a_package(error: Exception, said: str | None) -> None:
-    line = missing_package(error)
-    assert line is None if said is None else said in str(line)
+def test_import_errors_are_turned_into_advice(error: Exception, advice: str | None) -> None:
+    found = missing_package(error)
+    assert found is None if advice is None else advice in str(found)
 
 
 @pytest.mark.parametrize(
-    ("here", "fitting"),
+    ("torch_version", "torchvision_version"),
     [
         ("2.6.0", "0.21.0"),
         ("2.7.1+cu128", "0.22.1"),
@@ -102,8 +106,8 @@ def test_the_line_of_a_package(error: Exception, said: str | None) -> None:
         ("", None),
     ],
 )
-def test_the_torchvision_that_was_built_for_a_torch(here: str, fitting: str | None) -> None:
-    assert matching_torchvision(here) == fitting
+def test_each_torch_has_a_matching_torchvision(torch_version: str, torchvision_version: str | None) -> None:
+    assert matching_torchvision(torch_version) == torchvision_version
 
 
 BROKEN = {
@@ -114,8 +118,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_torchvision_that_does_not_fit(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package with such an `__init__` and its metadata, before all others."""
+def test_a_broken_torchvision_is_named(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with this `__init__` and metadata, first on the path."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(BROKEN[fault])
     (tmp_path / "torchvision-0.20.1.dist-info").mkdir()
@@ -133,25 +137,17 @@ def test_a_torchvision_that_does_not_fit(fault: str, tmp_path: Path, monkeypatch
         assert "\n" not in message
 
 
-def test_without_torchvision_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_torchvision_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localization_heads.lvlm.checkpoints.sources._version", lambda _: None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     check_torchvision()
 
 
-# --------------------------------------------------------------------------------------------------- versions
-
-
 ROOT = Path(__file__).parents[1]
-OLD = {
-    "torch": ("2.5.1+cu121", "2.6 or newer: pip install 'torch>=2.6'"),
-    "transformers": ("4.57.1", "5.23 or newer and older than 6: pip install 'transformers>=5.23,<6'"),
-    "accelerate": ("1.2.0", "1.2.1 or newer: pip install 'accelerate>=1.2.1'"),
-}
 
 
 @pytest.fixture(autouse=True)
-def _checked_anew() -> Iterator[None]:
+def _clear_cache() -> Iterator[None]:
     check_versions.cache_clear()
     yield
     check_versions.cache_clear()
@@ -159,59 +155,61 @@ def _checked_anew() -> Iterator[None]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
     real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda asked: version if asked == name else real(asked))
+    monkeypatch.setattr(metadata, "version", lambda package: version if package == name else real(package))
 
 
-@pytest.mark.parametrize("name", OLD)
-def test_an_old_version_is_named_with_the_one_that_is_needed(
-    name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "installed", "required"),
+    [
+        ("torch", "2.5.1+cu121", "2.6 or newer: pip install 'torch>=2.6'"),
+        ("accelerate", "1.2.0", "1.2.1 or newer: pip install 'accelerate>=1.2.1'"),
+        *(
+            ("transformers", version, "5.23 or newer and older than 6: pip install 'transformers>=5.23,<6'")
+            for version in ("4.57.1", "5.0", "5.22.2", "6.0.0")
+        ),
+    ],
+)
+def test_an_unsupported_version_is_named_with_the_required_one(
+    name: str, installed: str, required: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, needed = OLD[name]
-    pretend(monkeypatch, name, found)
+    pretend(monkeypatch, name, installed)
     with pytest.raises(WorkError) as caught:
-        lh.load_model  # noqa: B018 -- the name alone imports it
-    assert str(caught.value) == f"{name} {found} is installed, and this needs {needed}"
-
-
-@pytest.mark.parametrize("version", ["5.22.2", "6.0.0", "5.0"])
-def test_versions_outside_the_range(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, "transformers", version)
-    with pytest.raises(WorkError, match=f"transformers {version} is installed"):
-        check_versions()
+        lh.load_model  # noqa: B018 -- the attribute alone imports it
+    assert str(caught.value) == f"{name} {installed} is installed, and this needs {required}"
 
 
 @pytest.mark.parametrize("version", ["5.23.0", "5.24.1", "5.23.0.dev0", "5.100", "unknown"])
-def test_versions_inside_the_range(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supported_or_unreadable_version_passes(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "transformers", version)
     check_versions()
 
 
-def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(name: str) -> str:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_not_found(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(metadata, "version", none)
+    monkeypatch.setattr(metadata, "version", raise_not_found)
     with pytest.raises(WorkError, match="torch is missing: pip install 'torch>=2"):
         check_versions()
 
 
-def test_a_command_says_it_in_one_line(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_prints_one_line(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "transformers", "4.57.1")
     result = front.finder("stage=ground", "image_file=x.png", "query=dog")
     assert result.status == 1
     assert "transformers 4.57.1 is installed" in one_line(result.err)
 
 
-def test_an_old_gradio_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would fail inside, at what the page is made with."""
+def test_an_old_gradio_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail while building the page."""
     pytest.importorskip("gradio", reason="the extra demo is not installed")
     pretend(monkeypatch, "gradio", "5.49.1")
     with pytest.raises(WorkError, match=r"gradio 5\.49\.1 is installed, and this needs 6\.17 or newer"):
         demo._main(CommandLine(None, "tiny", ()))
 
 
-def test_nothing_is_imported_before() -> None:
-    """An older transformers would fail inside, with an import error of its own."""
+def test_versions_are_checked_before_anything_is_imported() -> None:
+    """An older transformers would raise an import error of its own."""
     code = (
         "import sys; from importlib import metadata; metadata.version = lambda _: '0.1'\n"
         "import localization_heads as lh\n"
@@ -225,7 +223,7 @@ def test_nothing_is_imported_before() -> None:
     assert second == "[]"
 
 
-def test_the_ranges_are_those_of_the_package() -> None:
+def test_the_ranges_equal_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {f"{name}{required.specifier}" for name, required in REQUIRED.items()}
     assert declared <= set(project["dependencies"])
