@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from front import Front, Result, draw_image, one_line, stub_figures, write_lines
 from PIL import Image
+from transformers.generation import GenerationMixin
 
 from localization_heads.apps import terminal
 from localization_heads.attention import AttentionMaps
@@ -51,11 +52,23 @@ def front(front: Front) -> Front:
     return front
 
 
+@pytest.fixture
+def stubbed(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
+    """The commands with empty files in place of figures."""
+    stub_figures(monkeypatch)
+    return front
+
+
 # ---------------------------------------------------------------------------------------- visualize_attention
 
 
 def figures_in(folder: str | Path = ".") -> set[str]:
     return {path.name for path in Path(folder).glob("*.png")} - {"cat.png"}
+
+
+def visualize_batch(front: Front, entries: Sequence[dict[str, Any] | str], *options: str) -> Result:
+    write_lines(Path("data.jsonl"), entries)
+    return front.visualize("mode=batch", "data_file=data.jsonl", *options)
 
 
 def failures_in(out: str) -> str:
@@ -73,12 +86,6 @@ def test_single_draws_the_top_heads(front: Front) -> None:
     assert sorted(f"wrote {name}" for name in names) == sorted(result.out.split("\n")[:-1])
     for name in names:
         assert np.asarray(Image.open(name).convert("L")).std() > 1, "an empty figure"
-
-
-def test_single_draws_one_head(front: Front) -> None:
-    result = front.visualize("attention_file=a.pkl", "layer=3", "head=1", "show_components=true")
-    assert result.status == 0, result.err
-    assert figures_in() == {"a_visualization_L3H1.png", "a_components_L3H1.png"}
 
 
 def test_single_draws_a_named_head_or_the_top_heads_with_their_box(
@@ -101,12 +108,23 @@ def test_single_draws_a_named_head_or_the_top_heads_with_their_box(
     assert grounding.heads == tuple(heads[:2])
 
 
-def test_figures_are_saved_in_output_dir_or_not_at_all(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub_figures(monkeypatch)
-    assert front.visualize("attention_file=a.pkl", "output_dir=figures/new").status == 0
-    assert figures_in("figures/new") == {"a_visualization.png"}
-    assert front.visualize("attention_file=b.pkl", "save_fig=false").out == ""
-    assert figures_in() == set()
+@pytest.mark.parametrize(
+    ("options", "folder", "names"),
+    [
+        (
+            ["layer=3", "head=1", "show_components=true"],
+            ".",
+            {"a_visualization_L3H1.png", "a_components_L3H1.png"},
+        ),
+        (["output_dir=figures/new"], "figures/new", {"a_visualization.png"}),
+        (["save_fig=false"], ".", set()),
+    ],
+)
+def test_where_single_saves_figures(stubbed: Front, options: list[str], folder: str, names: set[str]) -> None:
+    result = stubbed.visualize("attention_file=a.pkl", *options)
+    assert result.status == 0, result.err
+    assert figures_in(folder) == names
+    assert len(result.out.splitlines()) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +151,14 @@ def test_wrong_use_of_single(front: Front, options: list[str], message: str) -> 
     assert figures_in() == set()
 
 
-def test_batch_draws_every_entry(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_draws_every_entry(stubbed: Front) -> None:
     """A bad entry is reported with its line, and the others are drawn."""
-    stub_figures(monkeypatch)
     entries: list[Any] = [
         {"id": "first", "attention_file": "a.pkl"}, {"attention_file": "b.pkl", "layer": 2, "head": 3}, "{",
         {"attention_file": "no.pkl"}, {"attention_file": "a.pkl", "layer": 99, "head": 0},
         {"attention_file": "a.pkl", "layer": 1}, {"attention_file": "cat.png"}, {"id": "no_file"},
     ]  # fmt: skip
-    write_lines(Path("data.jsonl"), entries)
-    result = front.visualize("mode=batch", "data_file=data.jsonl", "show_components=true", "top_k=1")
+    result = visualize_batch(stubbed, entries, "show_components=true", "top_k=1")
     assert result.status == 1
     assert {"first_visualization.png", "b_visualization_L2H3.png", "b_components_L2H3.png"} <= figures_in()
     report = result.out[result.out.index("Entries that failed") :]
@@ -150,24 +166,20 @@ def test_batch_draws_every_entry(front: Front, monkeypatch: pytest.MonkeyPatch) 
         int(row.split()[1]) for row in report.splitlines() if row[:1] == "│" and row.split()[1].isdecimal()
     ]
     assert lines == [3, 4, 5, 6, 7, 8]
-    assert (
-        front.visualize("mode=batch", "data_file=data.jsonl", "process_all=false", "end_index=2").status == 0
-    )
+    assert visualize_batch(stubbed, entries, "process_all=false", "end_index=2").status == 0
 
 
-def test_batch_of_the_finders_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_of_the_finders_files(stubbed: Front) -> None:
     """Paths may be relative to the data file's folder."""
-    stub_figures(monkeypatch)
     Path("sub").mkdir()
     Path("a.pkl").rename("sub/a.pkl")
     write_lines(Path("sub/data.jsonl"), [{"attention_file": "a.pkl"}])
-    assert front.visualize("mode=batch", "data_file=sub/data.jsonl").status == 0
+    assert stubbed.visualize("mode=batch", "data_file=sub/data.jsonl").status == 0
     assert figures_in("sub") == {"a_visualization.png"}
 
 
-def test_no_figure_of_a_batch_is_overwritten(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_figure_of_a_batch_is_overwritten(stubbed: Front) -> None:
     """Every entry has its own file, named after its id and head; one that would overwrite another is refused."""
-    stub_figures(monkeypatch)
     Path("other").mkdir()
     Path("other/a.pkl").write_bytes(Path("b.pkl").read_bytes())
     head = {"layer": 2, "head": 3}
@@ -177,8 +189,7 @@ def test_no_figure_of_a_batch_is_overwritten(front: Front, monkeypatch: pytest.M
         {"id": "mine", "attention_file": "a.pkl", **head}, {"attention_file": "other/a.pkl"},
         {"attention_file": "a.pkl", **head},
     ]  # fmt: skip
-    write_lines(Path("data.jsonl"), entries)
-    result = front.visualize("mode=batch", "data_file=data.jsonl", "output_dir=drawn")
+    result = visualize_batch(stubbed, entries, "output_dir=drawn")
     assert result.status == 1
     assert figures_in("drawn") == {
         "a_visualization.png", "a_visualization_L2H3.png", "a_visualization_L2H1.png",
@@ -187,15 +198,12 @@ def test_no_figure_of_a_batch_is_overwritten(front: Front, monkeypatch: pytest.M
     assert result.out.count("wrote ") == 5
     assert "its figures would write over those of line 1" in result.out
     assert "its figure is that of line 2 already" in result.out
-    result = front.visualize("mode=batch", "data_file=data.jsonl")  # each in the folder of its attention file
+    visualize_batch(stubbed, entries)  # without output_dir, each in the folder of its attention file
     assert figures_in("other") == {"a_visualization.png"}
 
 
-def test_a_batch_finds_files_by_id_and_under_other_models(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_finds_files_by_id_and_under_other_models(stubbed: Front) -> None:
     """By id alone, or by a path under another model, as with `attention_file=`. Several candidates are an error."""
-    stub_figures(monkeypatch)
     outputs = Path("outputs/localization_heads")
     for model, name in (("tiny", "x"), ("tiny", "y"), ("other", "y")):
         (outputs / model / "attention").mkdir(parents=True, exist_ok=True)
@@ -211,12 +219,12 @@ def test_a_batch_finds_files_by_id_and_under_other_models(
             {"id": "z"},
         ],
     )
-    result = front.visualize("mode=batch", "data_file=data.jsonl")
+    result = stubbed.visualize("mode=batch", "data_file=data.jsonl")
     assert result.status == 1
     assert figures_in(outputs / "tiny/attention") == {"x_visualization.png", "again_visualization.png"}
     report = failures_in(result.out)
     assert "there is no outputs/localization_heads/*/attention/z.pkl" in report
-    result = front.visualize(f"attention_file={llava}/y.pkl")
+    result = stubbed.visualize(f"attention_file={llava}/y.pkl")
     assert result.status == 2
     choices = "name one of outputs/localization_heads/other/attention/y.pkl, outputs/localization_heads/tiny/"
     assert choices in one_line(result.err)
@@ -227,8 +235,7 @@ def test_a_file_with_weights_above_1_fails_alone(front: Front) -> None:
     """Sums of 3e38 would overflow float32."""
     maps = pickle.loads(Path("a.pkl").read_bytes())
     Path("huge.pkl").write_bytes(pickle.dumps({**maps, "attention": np.full_like(maps["attention"], 3e38)}))
-    write_lines(Path("data.jsonl"), [{"attention_file": "huge.pkl"}, {"attention_file": "a.pkl"}])
-    result = front.visualize("mode=batch", "data_file=data.jsonl")
+    result = visualize_batch(front, [{"attention_file": "huge.pkl"}, {"attention_file": "a.pkl"}])
     assert result.status == 1
     assert figures_in() == {"a_visualization.png"}
     assert "attention holds values above 1, which no softmax gives" in failures_in(result.out)
@@ -246,13 +253,12 @@ def test_the_examples_come_with_the_package(front: Front) -> None:
 
 
 @pytest.fixture
-def talk(front: Front, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def talk(stubbed: Front, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs a conversation with these lines on standard input."""
-    stub_figures(monkeypatch)
 
     def converse(lines: str, *options: str) -> Result:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        return front.chat("cli_mode=true", "max_new_tokens=3", *options)
+        return stubbed.chat("cli_mode=true", "max_new_tokens=3", *options)
 
     return converse
 
@@ -325,13 +331,6 @@ def test_ground_uses_the_prompt_that_the_heads_were_found_with(
     )
     assert talk("/ground the dog\n", "image_file=cat.png", "heads=mine.json", "k=1").status == 0
     assert conv_modes == ["plain" if conv_mode == "plain" else "referseg"]
-
-
-def test_a_head_that_does_not_exist_is_reported(talk: Callable[..., Result]) -> None:
-    result = talk("/ground the dog\n/help\n", "image_file=cat.png", "heads=[99-0]")
-    assert result.status == 0
-    assert "error: heads: there is no L99H0" in result.out
-    assert "/exit" in result.out
 
 
 def test_another_image_starts_a_new_conversation(
@@ -424,33 +423,27 @@ def test_a_real_ctrl_c_stops_the_model(
 @pytest.mark.parametrize(
     ("target", "error", "line", "message"),
     [
-        (
-            "transformers.generation.GenerationMixin.generate",
-            RuntimeError("no more memory"),
-            "What?",
-            "error: the model could not answer: no more memory",
-        ),
-        (
-            "localization_heads.apps.terminal.ground",
-            ZeroDivisionError("by\nzero"),
-            "/ground the dog",
-            "error: ZeroDivisionError: by zero\n",
-        ),
+        ("generate", RuntimeError("no memory"), "What?", "error: the model could not answer: no memory"),
+        ("ground", ZeroDivisionError("by\nzero"), "/ground the dog", "error: ZeroDivisionError: by zero\n"),
+        (None, None, "/ground the dog", "error: heads: there is no L99H0"),
     ],
 )
 def test_no_failure_ends_the_conversation(
     talk: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
-    target: str,
-    error: Exception,
+    target: str | None,
+    error: Exception | None,
     line: str,
     message: str,
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
+        assert error
         raise error
 
-    monkeypatch.setattr(target, fail)
-    result = talk(f"{line}\n/help\n", "image_file=cat.png")
+    if target:
+        monkeypatch.setattr(GenerationMixin if target == "generate" else terminal, target, fail)
+    heads = "heads=auto" if target else "heads=[99-0]"
+    result = talk(f"{line}\n/help\n", "image_file=cat.png", heads)
     assert result.status == 0
     assert message in result.out
     assert "/exit" in result.out
@@ -494,33 +487,27 @@ def test_undecodable_text_fails_its_line_only(tmp_path: Path) -> None:
     assert "not valid Unicode" in one_line(err)
 
 
-def test_the_viewer_draws_an_attention_file_of_the_finder(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stub_figures(monkeypatch)
-    assert front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=x").status == 0
-    path = front.out / "attention/x.pkl"
+def test_the_viewer_draws_an_attention_file_of_the_finder(stubbed: Front) -> None:
+    assert stubbed.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=x").status == 0
+    path = stubbed.out / "attention/x.pkl"
     last = load_attention(path).num_layers - 1
-    result = front.visualize(f"attention_file={path}", f"layer={last}", "head=0", "show_components=true")
+    result = stubbed.visualize(f"attention_file={path}", f"layer={last}", "head=0", "show_components=true")
     assert result.status == 0, result.err
-    assert (front.out / f"attention/x_components_L{last}H0.png").is_file()
+    assert (stubbed.out / f"attention/x_components_L{last}H0.png").is_file()
 
 
-def test_file_and_head_of_a_missing_model_are_replaced_with_a_note(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_and_head_of_a_missing_model_are_replaced_with_a_note(stubbed: Front) -> None:
     """A head is replaced only together with the file."""
-    stub_figures(monkeypatch)
     folder = Path("outputs/localization_heads/tiny/attention")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "x.pkl").write_bytes(Path("a.pkl").read_bytes())
-    result = front.visualize(
+    result = stubbed.visualize(
         "attention_file=outputs/localization_heads/llava/attention/x.pkl", "layer=20", "head=50"
     )
     assert result.status == 0, result.err
     assert f"has no L20H50: showing L{LAYERS - 1}H{HEADS - 1}" in " ".join(result.err.split())
     assert figures_in(folder) == {f"x_visualization_L{LAYERS - 1}H{HEADS - 1}.png"}
-    assert front.visualize(f"attention_file={folder}/x.pkl", "layer=20", "head=50").status == 2
+    assert stubbed.visualize(f"attention_file={folder}/x.pkl", "layer=20", "head=50").status == 2
 
 
 # ------------------------------------------------------------------------------------------------- terminal

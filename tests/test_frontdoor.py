@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -146,28 +148,21 @@ sys.exit(len({"torch", "numpy", "hydra", "PIL"} & set(sys.modules)))
 TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1)
 
 
+ODD_TEXTS = [
+    "the dog, on the left", "a=b, c={d: [e]}", 'it\'s "that" one', '"this" or "that"', "'the dog'", '"', "'",
+    "ends in \\", "\\'", "${oc.env:HOME}", "\\${oc.env:HOME}", "\\\\${x}\\", "$", "5", "true", "???", "a\nb\tc",
+    " spaces ", "C:\\images\\cat.png", "https://a.example/x.png?a=1,2&b={c}",
+]  # fmt: skip
+
+
+def with_odd_texts(test: Callable[..., None]) -> Callable[..., None]:
+    """Add each of `ODD_TEXTS` as an example."""
+    return reduce(lambda test, text: example(text=text, name="query")(test), ODD_TEXTS, test)
+
+
 @settings(max_examples=200)
 @given(text=TYPED, name=st.sampled_from(options_of_kind("text", "path")))
-@example(text="the dog, on the left", name="query")
-@example(text="a=b, c={d: [e]}", name="query")
-@example(text='it\'s "that" one', name="query")
-@example(text='"this" or "that"', name="query")
-@example(text="'the dog'", name="query")
-@example(text='"', name="query")
-@example(text="'", name="query")
-@example(text="ends in \\", name="query")
-@example(text="\\'", name="query")
-@example(text="${oc.env:HOME}", name="query")
-@example(text="\\${oc.env:HOME}", name="query")
-@example(text="\\\\${x}\\", name="query")
-@example(text="$", name="query")
-@example(text="5", name="query")
-@example(text="true", name="query")
-@example(text="???", name="query")
-@example(text="a\nb\tc", name="query")
-@example(text=" spaces ", name="query")
-@example(text="C:\\images\\cat.png", name="image_file")
-@example(text="https://a.example/x.png?a=1,2&b={c}", name="image_file")
+@with_odd_texts
 def test_free_text_is_passed_unchanged(text: str, name: str) -> None:
     """Except null, and text that the user has quoted for Hydra."""
     value = parsed(f"{name}={text}")
