@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import family_models_siblings  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import family_models_tiled  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 from decoding import decode_without_cache, endless_lvlm, maps_of_row, variant

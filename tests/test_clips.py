@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from family_models import tiny
-from family_models_siblings import SIBLINGS  # noqa: F401  registers all families
 from front import Front, fronts, read_lines
 from numpy.typing import NDArray
 from PIL import Image

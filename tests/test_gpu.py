@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_models import BUILDERS, tiny
-from family_models_siblings import SIBLINGS  # noqa: F401 - registers all families
+from family_models import FAMILY_NAMES, tiny
 from test_families import SIZES, capture_difference, captured_and_eager, largest_difference
 from test_query_token import SPANLESS
 
@@ -39,12 +38,12 @@ def moved(name: str, dtype: torch.dtype = torch.float32) -> LVLM:
     return LVLM(model, there.processor, there.spec, system="", conv_mode="plain")
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_capture_equals_eager_on_a_gpu(name: str) -> None:
     assert capture_difference(moved(name), SIZES["small"]) < 1e-4
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_gpu_sees_what_a_cpu_sees(name: str) -> None:
     """One by one, several images in a batch, and several expressions of an image encoded once."""
     here, there = moved(name), tiny(name)
@@ -59,7 +58,7 @@ def test_a_gpu_sees_what_a_cpu_sees(name: str) -> None:
     np.testing.assert_allclose(shared[1].attention, expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_capture_in_bfloat16_is_as_close_to_float32_as_eager(name: str) -> None:
     """What 16 bits do to these sharp heads differs from kernel to kernel; the capture adds nothing to it."""
     exact, _ = captured_and_eager(moved(name), SIZES["small"])

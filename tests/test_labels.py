@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import family_models_tiled  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 from family_models import tiny

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from family_models import tiny
-from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_models import BUILDERS, tiny
-from family_models_siblings import glm46v  # noqa: F401 -- registers all families
+from family_models import build, tiny
+from family_recipes import RECIPES
 from PIL import Image
 from tiny_models import edit, llava_model, llava_processor, save_llava
 
@@ -104,7 +104,7 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path, image: Image.Image) 
 )
 def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
     """Also where there is nothing to fill in."""
-    processor, model = BUILDERS[name]()
+    processor, model = build(RECIPES[name])
     names = [one for one in (*SAID, "num_image_tokens") if hasattr(processor, one)]
     expected = {one: getattr(processor, one) for one in names}
     for one in names:
@@ -127,7 +127,7 @@ def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
     ],
 )
 def test_image_settings_that_would_fill_the_memory(name: str, settings: dict[str, Any], said: str) -> None:
-    image_processor = BUILDERS[name]()[0].image_processor
+    image_processor = build(RECIPES[name])[0].image_processor
     check_image_sizes(image_processor, "x")
     twin = type(image_processor)(**{**image_processor.to_dict(), **settings})
     with pytest.raises(UsageError, match=said):

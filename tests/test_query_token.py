@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-import family_models_tiled  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch

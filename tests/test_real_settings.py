@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from family_models import tiny
-from family_models_siblings import glm46v  # noqa: F401 -- registers all families
 
 from localization_heads.lvlm.checkpoints import loading
 from localization_heads.lvlm.checkpoints.loading import load_model

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import family_models_siblings  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 from family_models import tiny

@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import family_models_siblings  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch
-from family_models import BUILDERS, tiny
+from family_models import FAMILY_NAMES, tiny
 from PIL import Image
 from test_query_token import SPANLESS
 from tiny_models import llava_model, llava_processor
@@ -37,7 +36,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 UNSHARED = {"florence2", "inkling2", "inkling_mm_model", "paligemma", "paligemma2", "unlimited_ocr"}
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_every_family_equals_single_prompts(name: str) -> None:
     lvlm, image = tiny(name), coordinate_image(190, 110)
     encoded = lvlm.encode_image(image)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from family_models import tiny
-from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
 from PIL import Image
 from torch import nn
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from family_models import tiny
-from family_models_tiled import mllama  # noqa: F401 -- registers the other half of the families
 from test_query_token import RENDERERS, Slow
 from tiny_models import save_llava
 from tiny_tokenizers import melting_tokenizer

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import family_models_siblings  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch
