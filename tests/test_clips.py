@@ -14,21 +14,14 @@ import pytest
 import torch
 from family_models import tiny
 from front import Front, fronts, read_lines
-from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.data.video import Frame, frames, open_video, write_video
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.checkpoints.sources import video_settings
 from localization_heads.lvlm.checks.doctor import eager_attention
-from localization_heads.lvlm.checks.footprints import (
-    colour_last,
-    identity_attention,
-    image_features,
-    sampled_cells,
-)
+from localization_heads.lvlm.checks.footprints import cell_offset, footprint_colours, sampled_cells
 from localization_heads.lvlm.clips import VIDEO_FAMILIES, PreparedClip, prepare_clip
-from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import capture
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages import chunks
@@ -50,29 +43,6 @@ def tiny_clip(name: str, count: int = 5) -> PreparedClip:
     return prepare_clip(lvlm, moving_coordinates(count), lvlm.prompt("the red car"), TIMES[:count])
 
 
-def footprint(name: str, clip: PreparedClip, keys: list[int]) -> list[tuple[NDArray[np.float64], set[int]]]:
-    """For each key, the centre of the pixels that feed it, in fractions of a frame, and the numbers of their frames."""
-    lvlm = tiny(name)
-    inputs = lvlm.on_device(clip.inputs)
-    kind = "pixel_values" if "pixel_values" in inputs else "pixel_values_videos"
-    pixels = inputs[kind] = inputs[kind].detach().clone().requires_grad_()
-    with identity_attention(lvlm):
-        features = image_features(lvlm, inputs)
-    weights = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0))
-    ip = lvlm.processor.image_processor
-    colours = colour_last(lvlm, pixels.detach()) * torch.tensor(ip.image_std) + torch.tensor(ip.image_mean)
-    found = []
-    for key in keys:
-        (gradient,) = torch.autograd.grad(features[key] @ weights, pixels, retain_graph=True)
-        feeds = colour_last(lvlm, gradient).abs().sum(-1)
-        fed = feeds > 1e-3 * feeds.max()
-        shares = feeds[fed] if name == "llava_onevision" else None  # interpolation weighs its neighbours
-        centre = np.average(colours[fed][:, :2], axis=0, weights=shares)
-        frames = {round(float(blue) * 5) - 1 for blue in colours[fed][:, 2]}
-        found.append((centre, frames))
-    return found
-
-
 def merged(name: str) -> int:
     return 2 if name.startswith("qwen") else 1
 
@@ -80,22 +50,18 @@ def merged(name: str) -> int:
 @pytest.mark.parametrize("name", sorted(name for name in VIDEO_FAMILIES if not name.endswith("_moe")))
 def test_footprints_lie_in_their_frames_and_cells(name: str) -> None:
     """Of five frames, so that the last of merged ones is alone."""
-    clip = tiny_clip(name)
+    lvlm, clip = tiny(name), tiny_clip(name)
     assert len(clip.views) == -(-5 // merged(name))
     for place, view in enumerate(clip.views):
         cells = sampled_cells(view, skip_border=False)[:: 1 if place == 0 else 4]
-        keys = [int(view.index[cell]) for cell in cells]
-        for cell, (centre, seen) in zip(cells, footprint(name, clip, keys), strict=True):
-            assert seen == {n for n in range(5) if n // merged(name) == place}
-            assert np.abs(misplaced(view, cell, centre)).max() < 0.25, (place, cell)
-
-
-def misplaced(view: View, cell: tuple[int, int], centre: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far, in cells, a footprint lies from the centre of its cell."""
-    row, column = cell
-    (x0, x1), (y0, y1) = view.x_edges[column : column + 2], view.y_edges[row : row + 2]
-    x, y = centre * SIZE
-    return np.array([(x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)])
+        traced = footprint_colours(lvlm, clip.inputs, [int(view.index[cell]) for cell in cells])
+        for cell, (colours, influence) in zip(cells, traced, strict=True):
+            assert {round(float(blue) * 5) - 1 for blue in colours[:, 2]} == {
+                n for n in range(5) if n // merged(name) == place
+            }
+            shares = influence if name == "llava_onevision" else None  # interpolation weighs its neighbours
+            x, y = np.average(colours[:, :2], axis=0, weights=shares) * SIZE
+            assert np.abs(cell_offset(view, cell, (x, y))).max() < 0.25, (place, cell)
 
 
 @pytest.mark.parametrize("name", sorted(VIDEO_FAMILIES))

@@ -7,7 +7,7 @@ vision tower is replaced by the identity, so that a token sees only its own patc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,13 @@ CUT_AT_THE_BORDER = ("fast_vlm", "florence2", "got_ocr2", "pp_chart2table", "unl
 """Model types whose convolutions are so wide that footprints at the border of an image or tile are one-sided."""
 
 Point = tuple[float, float]
-PIXEL_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_local", "image_patches")
+PIXEL_INPUTS = (
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_local",
+    "pixel_values_videos",
+    "image_patches",
+)
 """Processor outputs that hold pixels."""
 CHANNELS_LAST = ("Cosmos3Edge", "Fuyu", "Gemma4", "Inkling", "Lfm2Vl", "Molmo2")
 """Image processors (by the start of their name) whose flattened patches end with the colour channel."""
@@ -95,10 +101,16 @@ def sampled_cells(view: View, *, skip_border: bool) -> list[tuple[int, int]]:
 
 
 def _errors(view: View, cells: Sequence[tuple[int, int]], centres: dict[int, Point]) -> Iterator[Point]:
-    for r, c in cells:
-        if (centre := centres.get(int(view.index[r, c]))) is not None:
-            (x0, x1), (y0, y1) = view.x_edges[c : c + 2], view.y_edges[r : r + 2]
-            yield (centre[0] - (x0 + x1) / 2) / (x1 - x0), (centre[1] - (y0 + y1) / 2) / (y1 - y0)
+    for cell in cells:
+        if (centre := centres.get(int(view.index[cell]))) is not None:
+            yield cell_offset(view, cell, centre)
+
+
+def cell_offset(view: View, cell: tuple[int, int], point: Point) -> Point:
+    """The offset (x, y) of a point in pixels from the centre of a cell (row, column), in cells."""
+    row, column = cell
+    (x0, x1), (y0, y1) = view.x_edges[column : column + 2], view.y_edges[row : row + 2]
+    return (point[0] - (x0 + x1) / 2) / (x1 - x0), (point[1] - (y0 + y1) / 2) / (y1 - y0)
 
 
 def coordinate_image(width: int, height: int) -> Image.Image:
@@ -118,6 +130,22 @@ def footprint_centres(
     """
     shown = shown or coordinate_image(*image_size)
     raw = lvlm.run_processor([shown], [lvlm.with_num_images(len(images_of(shown))).prompt("the dog")])
+    blends, centres = lvlm.model.config.model_type in BLENDING, {}
+    for key, (colours, influence) in zip(keys, footprint_colours(lvlm, raw, keys), strict=True):
+        if (colours[:, 2] > 0.95).all():
+            x, y = np.average(colours[:, :2], axis=0, weights=influence if blends else None)
+            centres[key] = float(x * image_size[0]), float(y * image_size[1])
+    return centres
+
+
+def footprint_colours(
+    lvlm: LVLM, raw: Mapping[str, Any], keys: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each key, the colours (n, 3) of the pixels that feed it, in 0 to 1, and the influence (n,) of each.
+
+    Args:
+        raw: the processor's output for one prompt.
+    """
     inputs = lvlm.on_device(raw)
     names = [name for name in PIXEL_INPUTS if name in raw]
     pixels = {name: inputs[name].detach().clone().requires_grad_() for name in names}
@@ -126,7 +154,6 @@ def footprint_centres(
         features = image_features(lvlm, inputs)  # (K, D)
     weights = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0)).to(features)
     colours = torch.cat([original_colours(lvlm, raw[name].float()).reshape(-1, 3) for name in names])
-    centres = {}
     for key in keys:
         gradients = torch.autograd.grad(
             features[key] @ weights, list(pixels.values()), retain_graph=True, materialize_grads=True
@@ -134,11 +161,7 @@ def footprint_centres(
         parts = [colour_last(lvlm, gradient.float().cpu()).reshape(-1, 3) for gradient in gradients]
         influence = torch.cat(parts).abs().sum(-1)
         footprint = influence > 1e-3 * influence.max()
-        if (colours[footprint][:, 2] > 0.95).all():
-            shares = influence[footprint] if lvlm.model.config.model_type in BLENDING else None
-            x, y = np.average(colours[footprint][:, :2], axis=0, weights=shares)
-            centres[key] = float(x * image_size[0]), float(y * image_size[1])
-    return centres
+        yield colours[footprint], influence[footprint]
 
 
 def image_features(lvlm: LVLM, inputs: dict[str, Any]) -> Tensor:
