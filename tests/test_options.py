@@ -1,10 +1,11 @@
-"""Every option is explained once, every preset composes, and every wrong value is named."""
+"""Every option is explained, every preset composes, and every invalid value is named."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from runpy import run_path
@@ -28,14 +29,8 @@ ROOT = Path(__file__).parents[1]
 GROUPS = {group: choices_of(group) for group in ("model", "criteria", "grounding", "data", "segmenter")}
 
 
-def test_the_shipped_choices() -> None:
-    assert {"tiny", "llava", "llava-13b"} <= set(GROUPS["model"])
-    assert {"paper", "published"} <= set(GROUPS["criteria"]) & set(GROUPS["grounding"])
-    assert {"examples", "scenes"} <= set(GROUPS["data"])
-
-
-def test_the_presets_are_the_readings_that_they_name() -> None:
-    """Each as the table of docs/reproducing-the-paper.md has it; `paper` is what the code does without options."""
+def test_the_presets_have_the_documented_values() -> None:
+    """As in the table of docs/reproducing-the-paper.md; `paper` is the default of every option."""
     criteria, grounding = (
         {choice: getattr(compose_options("finder", f"{group}={choice}"), group) for choice in GROUPS[group]}
         for group in ("criteria", "grounding")
@@ -50,26 +45,29 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     dropped = {"exclude_layers": 2, "bottom_row_filter": True, "bottom_row_above": 0.05}
     august = replace(june, elbow="value", means=2, fallback="sum", **dropped)
     assert criteria["published_august"] == august
-    of_all_cells = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
-    assert grounding["published"] == of_all_cells
+    published = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
+    assert grounding["published"] == published
     assert set(grounding) == {"paper", "published", "sharp"}  # no other box was ever published
-    assert compose_options("finder").grounding == grounding["sharp"]  # what newcomers get
-    for words in (
-        ["criteria=published"],
-        ["criteria=published_august"],
-        ["stage=experiment", "experiment=tab1"],
-        ["stage=experiment"],
-    ):
-        assert compose_options("finder", *words).grounding == grounding["paper"]
-    assert compose_options("finder", "criteria=published", "grounding=sharp").grounding == grounding["sharp"]
-    dropping = {
-        rung: compose_options("finder", f"rung={rung}").drop_lone_spaces for rung in choices_of("rung")
-    }
-    assert {rung for rung, drops in dropping.items() if drops} == {"published", "padding", "hull"}
 
 
-def test_a_label_can_name_what_is_swept() -> None:
-    """As docs/readouts.md has it: each evaluation of a sweep gets a folder of its own."""
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [
+        ("", "sharp"),
+        ("criteria=published", "paper"),
+        ("criteria=published_august", "paper"),
+        ("stage=experiment", "paper"),
+        ("stage=experiment experiment=tab1", "paper"),
+        ("criteria=published grounding=sharp", "sharp"),
+    ],
+)
+def test_the_default_read_out_follows_what_is_reproduced(words: str, preset: str) -> None:
+    expected = compose_options("finder", f"grounding={preset}").grounding
+    assert compose_options("finder", *words.split()).grounding == expected
+
+
+def test_a_label_can_contain_the_swept_option() -> None:
+    """As in docs/readouts.md: each run of a sweep gets its own folder."""
     label = "model.label='${grounding.binarise}'"
     assert quote_free_text(label) == label
     assert compose_options("finder", "grounding.binarise=otsu", label).model.label == "otsu"
@@ -83,18 +81,20 @@ def test_every_experiment_composes(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", choices_of("rung"))
 def test_every_rung_composes(choice: str) -> None:
-    assert compose_options("finder", f"rung={choice}").rung.name == choice
+    """Those with the published code's criteria also drop its lone spaces."""
+    options = compose_options("finder", f"rung={choice}")
+    assert options.rung.name == choice
+    assert options.drop_lone_spaces == (choice in ("published", "padding", "hull"))
 
 
-def test_the_tables_are_those_of_the_catalogue() -> None:
+def test_the_choices_equal_those_of_other_modules() -> None:
     assert tuple(EXPERIMENTS) == experiments.EXPERIMENTS
     assert (*SPLITS, *REASON_SPLITS) == experiments.Benchmark.__args__
     assert set(groups.NativeBox.__args__) == set(FORMATS)
     assert set(programs.Stage.__args__) == set(FINDER_STAGES)
 
 
-def test_the_rungs_of_the_ladder_are_in_order() -> None:
-    """What the multirun climbs is every rung there is, by its number."""
+def test_the_ladder_sweeps_over_all_rungs_in_order() -> None:
     climbed = experiments.TABLES["experiment"]["ladder"]["hydra"]["sweeper"]["params"]["rung"].split(",")
     assert [compose_options("finder", f"rung={rung}").rung.step for rung in climbed] == list(range(1, 8))
     assert set(climbed) == set(choices_of("rung")) - {"none"}
@@ -106,46 +106,38 @@ RECIPES += [("tiny", "paper", "paper", "examples", segmenter) for segmenter in G
 
 
 @pytest.mark.parametrize("choices", [*MODELS, *RECIPES], ids=" ".join)
-def test_every_choice_composes(choices: tuple[str, ...]) -> None:
+def test_every_preset_composes(choices: tuple[str, ...]) -> None:
     overrides = [f"{group}={choice}" for group, choice in zip(GROUPS, choices, strict=True)]
     assert Run(compose_options("finder", *overrides), model_choice=choices[0]).spec.name
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_option_is_explained_where_it_is_declared(program: str) -> None:
-    """And composes to its default."""
+def test_help_explains_every_option_once(program: str) -> None:
+    """And the program composes without overrides."""
     assert compose_options(program)
-    shown = help_text(program)
+    text = help_text(program)
     for name, field in option_names(program).items():
-        assert (field.description and field.description[0].isupper()) or field.description.split()[
-            0
-        ].islower(), name
-        assert len(re.findall(rf"^{re.escape(name)}: ", shown, re.MULTILINE)) == 1, name
-    assert max(map(len, shown.splitlines())) <= 130
+        description = field.description or ""
+        assert description[:1].isupper() or description.split()[0].islower(), name
+        assert len(re.findall(rf"^{re.escape(name)}: ", text, re.MULTILINE)) == 1, name
+    assert max(map(len, text.splitlines())) <= 130
 
 
-def test_what_a_kind_does_not_read_is_said() -> None:
-    for overrides in (
-        ["segmenter.num_points=5"],
-        ["engine.num_workers=2"],
-        ["segmenter=sam", "segmenter.iterations=3"],
-    ):
-        with pytest.raises(UsageError, match=r"^(segmenter|engine)\.\w+=\d: only .* reads it, and not"):
-            compose_options("finder", *overrides)
+@pytest.mark.parametrize(
+    "overrides", ["segmenter.num_points=5", "engine.num_workers=2", "segmenter=sam segmenter.iterations=3"]
+)
+def test_an_option_that_the_kind_ignores_is_an_error(overrides: str) -> None:
+    with pytest.raises(UsageError, match=r"^(segmenter|engine)\.\w+=\d: only .* reads it, and not"):
+        compose_options("finder", *overrides.split())
     assert compose_options("finder", "segmenter=sam", "segmenter.num_points=5").segmenter.num_points == 5
 
 
-def test_from_python_a_wrong_value_is_one_line() -> None:
-    for make in (lambda: CriteriaOptions(tau=-1), lambda: replace(GroundingOptions(), kernel_size=2)):
-        with pytest.raises(ValueError, match=r"^(tau|kernel_size)=-?\d: give .*number") as caught:
-            make()
-        assert isinstance(caught.value, UsageError) and "\n" not in str(caught.value)
+def test_an_unknown_option_of_a_class_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"SegmenterOptions.*colour"):
         SegmenterOptions(colour="red")  # type: ignore[call-arg]
 
 
-def test_the_options_of_the_seed_are_there() -> None:
-    """Names that users' scripts hold."""
+def test_the_options_that_users_scripts_rely_on_exist() -> None:
     seed = (
         "stage image_file query attention_file top_k output_dir data_file batch_size visualize_batch show_plot "
         "save_id process_all start_index end_index max_new_tokens random_seed device conv_mode"
@@ -235,15 +227,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in WRONG.items() for value in bad])
-def test_wrong_values_are_named(name: str, value: Any) -> None:
-    """Of a command, and of the class that a script makes."""
+def test_invalid_values_are_named(name: str, value: Any) -> None:
+    """On the command line and, for a group, from Python."""
     group, _, key = name.rpartition(".")
     with pytest.raises(UsageError, match=rf"^{re.escape(name)}=.*: ") as caught:
         FinderOptions.of(nested(name, value))
     assert "\n" not in str(caught.value)
     if group in CLASSES:
-        with pytest.raises(ValueError, match=f"^{key}="):
-            CLASSES[group](**{key: value})
+        for make in (CLASSES[group], partial(replace, CLASSES[group]())):
+            with pytest.raises(ValueError, match=f"^{key}=") as raised:
+                make(**{key: value})
+            assert isinstance(raised.value, UsageError) and "\n" not in str(raised.value)
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
@@ -252,19 +246,19 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", option_names("finder"))
-def test_no_value_upsets_an_option(name: str) -> None:
-    """It passes or is refused in one line, whatever Hydra's grammar or a program makes of it."""
+def test_any_value_passes_or_is_refused_in_one_line(name: str) -> None:
+    """Whatever Hydra's grammar or a script passes."""
     odd: list[Any] = [
         None, True, -1, 10**400, 0.5, float("nan"), float("inf"), "", " ", "x" * 300, "é", "\ud800", "\0", "a\nb", "[",
         [], [1, 2], [[1]], [None], [{}], [["a"], "b"], {}, {"a": 1}, (1,), "~", "~nobody-here/x",
     ]  # fmt: skip
     for value in odd:
-        said = ""
+        message = ""
         try:
             FinderOptions.of(nested(name, value))
         except UsageError as error:
-            said = str(error)
-        assert "\n" not in said and len(said) < 700, value
+            message = str(error)
+        assert "\n" not in message and len(message) < 700, value
 
 
 @pytest.mark.parametrize(
@@ -282,7 +276,7 @@ def test_no_value_upsets_an_option(name: str) -> None:
         *({"stage": stage, name: None} for name, stage in (("query", "find"), ("dataset", "batch"))),
     ],
 )
-def test_right_values_pass(options: Mapping[str, Any]) -> None:
+def test_valid_values_pass(options: Mapping[str, Any]) -> None:
     FinderOptions.of(options)
     assert VisualizeOptions.of({"mode": "single", "output_dir": None}).output_dir is None
 
@@ -301,24 +295,20 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("finder", {**MASK, "segmenter": {"kind": "none"}}, NEEDS_MASK + "segmenter=grabcut"),
     ("visualize", MASK, NEEDS_MASK + "stage=visualize"),
     *(
-        (
-            "finder",
-            {"start_index": start, "end_index": end},
-            f"start_index={start} end_index={end}: the range is empty",
-        )
-        for start, end in ((5, 3), (3, 3), (0, 0))
+        ("finder", {"start_index": i, "end_index": j}, f"start_index={i} end_index={j}: the range is empty")
+        for i, j in ((5, 3), (3, 3), (0, 0))
     ),
     *(
         (
             "finder",
             {"stage": stage, name: "refcoco"},
-            f"^{name}=: stage={stage} does not read it; write {way}",
+            f"^{name}=: stage={stage} does not read it; write {fix}",
         )
-        for name, (stage, way) in UNREAD.items()
+        for name, (stage, fix) in UNREAD.items()
     ),
     *(
-        ("finder", {"stage": "find", **wrong}, f"^{name}=: stage=find does not read it; write stage={way}")
-        for name, wrong, way in (
+        ("finder", {"stage": "find", **values}, f"^{name}=: stage=find does not read it; write stage={fix}")
+        for name, values, fix in (
             ("ablate.steer", {"ablate": {"steer": True}}, "ablate"),
             ("trace.keep", {"trace": {"keep": "all"}}, "trace"),
             ("doctor.check", {"doctor": {"check": True}}, "doctor"),
@@ -332,16 +322,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("program", "options", "said"), REFUSED)
-def test_options_that_do_not_go_together(program: str, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+@pytest.mark.parametrize(("program", "options", "message"), REFUSED)
+def test_conflicting_options_are_refused(program: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         PROGRAMS[program].of(options)
 
 
-def test_the_first_options_may_be_given_to_any_stage() -> None:
-    """Scripts of theirs set them once for all stages."""
-    given = FinderOptions.of({"stage": "find", "max_new_tokens": 4, "attention_format": "safetensors"})
-    assert given.max_new_tokens == 4
+def test_any_stage_takes_the_original_options() -> None:
+    """Existing scripts set them once for all stages."""
+    options = FinderOptions.of({"stage": "find", "max_new_tokens": 4, "attention_format": "safetensors"})
+    assert options.max_new_tokens == 4
 
 
 def test_a_missing_option_is_named_with_its_stage() -> None:
@@ -349,7 +339,7 @@ def test_a_missing_option_is_named_with_its_stage() -> None:
         FinderOptions.of({"stage": "collect", "image_file": "a.png"}).require("image_file", "query")
 
 
-def test_the_page_of_the_options_is_up_to_date() -> None:
-    """Made by `python docs/build_options.py`."""
+def test_the_page_of_options_is_up_to_date() -> None:
+    """Generated by `python docs/build_options.py`."""
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert run_path(str(ROOT / "docs" / "build_options.py"))["markdown"]() in page
