@@ -47,15 +47,10 @@ class Ref:
 
     def reference(self) -> dict[str, Any]:
         return {
-            "sent_ids": [sentence["sent_id"] for sentence in self.sentences()],
-            "file_name": self.file_name,
-            "ann_id": self.ann_id,
-            "ref_id": self.ref_id,
-            "image_id": self.image_id,
-            "split": self.split,
-            "sentences": self.sentences(),
-            "category_id": 1,
-        }
+            "sent_ids": [sentence["sent_id"] for sentence in self.sentences()], "file_name": self.file_name,
+            "ann_id": self.ann_id, "ref_id": self.ref_id, "image_id": self.image_id, "split": self.split,
+            "sentences": self.sentences(), "category_id": 1,
+        }  # fmt: skip
 
     def annotation(self) -> dict[str, Any]:
         return {
@@ -240,12 +235,6 @@ def save_lisa(folder: Path, name: str, entry: dict[str, Any], size: tuple[int, i
 
 def shape(label: str, *points: tuple[float, float]) -> dict[str, Any]:
     return {
-        "label": label,
-        "labels": [label],
-        "shape_type": "polygon",
-        "image_name": "x.jpg",
-        "points": [list(point) for point in points],
-        "group_id": None,
-        "group_ids": [None],
-        "flags": {},
-    }
+        "label": label, "labels": [label], "points": [list(point) for point in points], "shape_type": "polygon",
+        "image_name": "x.jpg", "group_id": None, "group_ids": [None], "flags": {},
+    }  # fmt: skip

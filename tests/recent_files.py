@@ -60,14 +60,8 @@ def grefs() -> tuple[list[Ref], list[dict[str, Any]]]:
 
     def ref(number: int, ann_id: Any, *texts: str, **extra: Any) -> dict[str, Any]:
         sentences = [{"sent_id": 10 * number + n, "sent": text, "raw": text} for n, text in enumerate(texts)]
-        return {
-            "ref_id": number,
-            "ann_id": ann_id,
-            "image_id": 20,
-            "split": "val",
-            "sentences": sentences,
-            **extra,
-        }
+        common = {"ref_id": number, "image_id": 20, "split": "val", "sentences": sentences}
+        return {**common, "ann_id": ann_id, **extra}
 
     one, two = (one.ann_id for one in objects)
     references = [
@@ -96,12 +90,9 @@ def save_screenspot(root: Path, version: str = "") -> Path:
         name = f"{platform}_3b0ad239.png"
         save_image(root / "screenspotv2_image" / name, size)
         entry = {
-            "img_filename": name,
-            "bbox": [30, 20, 10, 20],
-            "instruction": f"close \xab{platform}\xbb",
-            "data_type": "icon" if platform == "web" else "text",
-            "data_source": "shop",
-        }
+            "img_filename": name, "bbox": [30, 20, 10, 20], "instruction": f"close \xab{platform}\xbb",
+            "data_type": "icon" if platform == "web" else "text", "data_source": "shop",
+        }  # fmt: skip
         save_json(root / f"screenspot_{platform}{version}.json", [entry])
     return root
 
@@ -124,15 +115,10 @@ def save_groundingme(root: Path) -> Path:
     image = {"bytes": image_bytes((64, 48), 3), "path": "a.jpg"}
     common = {"image": image, "height": 48, "width": 64}
     found = {"bbox": [10.0, 10.0, 30.0, 25.5], "subtask_l1": "Spatial", "subtask_l2": "Counting"}
+    rejected = {"subtask_l1": "Rejection", "subtask_l2": "Color"}
     rows: list[dict[str, Any]] = [
         {"id": "0", "description": "the left cup", **common, **found},
-        {
-            "id": "1",
-            "description": "the green cup",
-            **common,
-            "subtask_l1": "Rejection",
-            "subtask_l2": "Color",
-        },
+        {"id": "1", "description": "the green cup", **common, **rejected},
         {"id": "2", "description": "  ", **common, **found},
         {"id": "3", "description": "a cup without a box", **common, **found, "bbox": None},
     ]
