@@ -48,9 +48,9 @@ CASES = {
     "a target in an ignored region": [("target", SMALL), ("Ignore_region", BIG)],
     "flags paint nothing": [("Flag", BIG), ("target", SMALL)],
     "other labels are targets": [("umbrella", SMALL)],
-    "two of one area": [("ignore", SMALL), ("target", SMALL)],
-    "cut to whole pixels": [("target", ((2.9, 2.2), (40.7, 2.9), (40.1, 30.8), (2.6, 30.6)))],
-    "beyond the image": [("target", ((-20, 10), (200, 10), (200, 30), (-20, 30)))],
+    "two of equal area": [("ignore", SMALL), ("target", SMALL)],
+    "truncated to whole pixels": [("target", ((2.9, 2.2), (40.7, 2.9), (40.1, 30.8), (2.6, 30.6)))],
+    "past the image": [("target", ((-20, 10), (200, 10), (200, 30), (-20, 30)))],
     "no shape": [],
 }
 
@@ -86,7 +86,7 @@ def test_paint_shapes_by_hand():
 
 
 def test_shapes_are_clipped_to_the_image():
-    shapes = [shape(label, *points) for label, points in [*CASES["beyond the image"], ("ignore", SMALL)]]
+    shapes = [shape(label, *points) for label, points in [*CASES["past the image"], ("ignore", SMALL)]]
     whole = paint_shapes(shapes, (64, 48))
     assert whole[0].sum() == 64 * 21 - 11 * 11 and whole[1].sum() == 11 * 11
 
@@ -109,7 +109,7 @@ def test_painting_keeps_one_mask_in_memory():
         [shape("target", *[(0, 0), (60_000_000, 60_000_000)] * 10)],
         [shape("target", *[(0, 0), (1, 7999)] * 40_000)],
     ],
-    ids=["many large shapes", "outlines far beyond", "many points in every row"],
+    ids=["many large shapes", "outlines far past the image", "many points in every row"],
 )
 def test_expensive_shapes_are_rejected(shapes):
     with pytest.raises(BadLineError, match="far more than an image of 8000 x 8000 pixels needs"):
@@ -117,17 +117,17 @@ def test_expensive_shapes_are_rejected(shapes):
 
 
 BAD_SHAPES = {
-    "no list": "abc",
-    "no dict": ["abc"],
+    "not a list": "abc",
+    "not a list of dicts": ["abc"],
     "no label": [{"points": [[1, 2]]}],
     "no points": [{"label": "target", "points": []}],
     "a point of three": [{"label": "target", "points": [[1, 2, 3]]}],
     "a point of text": [{"label": "target", "points": [["1", 2]]}],
-    "a point far away": [{"label": "target", "points": [[1e300, 2]]}],
+    "a huge coordinate": [{"label": "target", "points": [[1e300, 2]]}],
     "a point of NaN": [{"label": "target", "points": [[float("nan"), 2]]}],
-    "a point that is true": [{"label": "target", "points": [[True, 2]]}],
-    "endless points": [{"label": "target", "points": [[1, 2]] * 100_001}],
-    "endless shapes": [{"label": "target", "points": [[1, 2]]}] * 10_001,
+    "a boolean coordinate": [{"label": "target", "points": [[True, 2]]}],
+    "too many points": [{"label": "target", "points": [[1, 2]] * 100_001}],
+    "too many shapes": [{"label": "target", "points": [[1, 2]]}] * 10_001,
 }
 
 
@@ -228,7 +228,7 @@ def test_parquet_split_is_taken_from_the_repository_name(tmp_path):
 BAD_ROWS = {
     "mask of another height": {"img_height": 7},
     "mask of another width": {"img_width": 7},
-    "mask turned": {"img_height": 2, "img_width": 8},
+    "transposed mask": {"img_height": 2, "img_width": 8},
     "ragged mask": {"mask": [[True] * 4] * 3 + [[True] * 5]},
     "no mask": {"mask": None},
     "no image": {"image": None},

@@ -179,8 +179,8 @@ def test_flickr30k_boxes_count_from_one(tmp_path):
 BAD_XML = {
     "entities": '<!DOCTYPE a [<!ENTITY b "bb">]><annotation>&b;</annotation>',
     "broken": "<annotation>",
-    "no number": "<a><object><name>1</name><bndbox><xmin>x</xmin></bndbox></object></a>",
-    "endless": "<a>" + "<b/>" * 300_000 + "</a>",
+    "not a number": "<a><object><name>1</name><bndbox><xmin>x</xmin></bndbox></object></a>",
+    "too large": "<a>" + "<b/>" * 300_000 + "</a>",
 }
 
 

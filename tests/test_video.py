@@ -93,8 +93,8 @@ REFUSED = {
     "text": (b"hello, this is no video", "not a video that can be read"),
     "a playlist": (b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "not a video that can be read"),
     "a list of files": (b"ffconcat version 1.0\nfile /etc/passwd\n", "not a video that can be read"),
-    "nothing": (b"", "not a video that can be read"),
-    "a beginning alone": (b"\x00\x00\x00\x18ftypmp42" + bytes(40), "broken"),
+    "empty": (b"", "not a video that can be read"),
+    "a header only": (b"\x00\x00\x00\x18ftypmp42" + bytes(40), "broken"),
 }
 
 
