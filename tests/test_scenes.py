@@ -1,6 +1,5 @@
 """The synthetic scenes: determinism, exact boxes, and expressions with one, several or no referents."""
 
-import json
 import subprocess
 import sys
 from hashlib import sha256
@@ -10,12 +9,13 @@ from random import Random
 
 import numpy as np
 import pytest
+from front import read_lines
 from PIL import Image
 
 from localization_heads.cells import tight_box
 from localization_heads.data.masks import read_mask
 from localization_heads.options.stage_groups import ScenesOptions
-from localization_heads.scenes import artwork, write
+from localization_heads.scenes import artwork
 from localization_heads.scenes.artwork import HELD_OUT_STYLE, NAMES, STYLES
 from localization_heads.scenes.expressions import (
     RELATIONS,
@@ -32,6 +32,7 @@ from localization_heads.scenes.scene import (
     render_scene,
     scene_samples,
 )
+from localization_heads.scenes.write import write_scenes
 
 SEEDS = range(60)
 FEATURES = {name: feature for name, (_, feature) in artwork.VOCABULARY.items()}
@@ -267,11 +268,8 @@ def test_smallest_scales_all_objects() -> None:
 
 
 def lines(tmp_path: Path, **options: object) -> list[dict]:
-    chosen = ScenesOptions(count=24, size=64, folder=str(tmp_path), **options)
-    folder = write.scenes_folder(chosen)
-    folder.mkdir(parents=True)
-    write._write_benchmark(chosen, folder, folder / "scenes.jsonl")
-    return [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
+    """The entries of a small benchmark."""
+    return read_lines(write_scenes(ScenesOptions(count=24, size=64, folder=str(tmp_path), **options)))
 
 
 def test_benchmark_with_absent_expressions(tmp_path: Path) -> None:

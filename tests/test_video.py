@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from front import Front, fronts
+from front import Front, read_lines
 from test_figures import assert_all_text_fits
 
 from localization_heads import figures
@@ -26,17 +24,6 @@ from localization_heads.scenes.scene import TEST_SEEDS, moving_scene, render_sce
 from localization_heads.scenes.write import write_scenes
 from localization_heads.stages import video as stage
 from localization_heads.store.results import Prediction, read_predictions
-
-
-@pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    yield from fronts(tmp_path, monkeypatch, capsys)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def clip(path: Path, count: int = 10, rate: float = 10, size: tuple[int, int] = (64, 48)) -> Path:
