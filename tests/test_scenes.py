@@ -1,5 +1,6 @@
 """The synthetic scenes: determinism, exact boxes, and expressions with one, several or no referents."""
 
+import json
 import subprocess
 import sys
 from hashlib import sha256
@@ -9,7 +10,6 @@ from random import Random
 
 import numpy as np
 import pytest
-from front import read_lines
 from PIL import Image
 
 from localization_heads.cells import tight_box
@@ -269,7 +269,8 @@ def test_smallest_scales_all_objects() -> None:
 
 def lines(tmp_path: Path, **options: object) -> list[dict]:
     """The entries of a small benchmark."""
-    return read_lines(write_scenes(ScenesOptions(count=24, size=64, folder=str(tmp_path), **options)))
+    data_file = write_scenes(ScenesOptions(count=24, size=64, folder=str(tmp_path), **options))
+    return [json.loads(line) for line in data_file.read_text().splitlines()]
 
 
 def test_benchmark_with_absent_expressions(tmp_path: Path) -> None:
