@@ -79,15 +79,9 @@ def check_box_scale(boxes: Sequence[TrueBox], source: str) -> None:
 def collect_true_boxes(samples: Sequence[Sample]) -> list[TrueBox]:
     """All ground-truth boxes of the samples, with the sizes of at most `MAX_HEADERS_READ` images."""
     boxed = [(sample, box) for sample in samples for box in sample.true_boxes]
-    sampled = (
-        set(np.linspace(0, len(boxed) - 1, MAX_HEADERS_READ).round())
-        if len(boxed) > MAX_HEADERS_READ
-        else None
-    )
+    with_size = set(np.linspace(0, len(boxed) - 1, min(len(boxed), MAX_HEADERS_READ)).round())
     return [
-        TrueBox(
-            sample_name(sample), box, _image_size(sample) if sampled is None or number in sampled else None
-        )
+        TrueBox(sample_name(sample), box, _image_size(sample) if number in with_size else None)
         for number, (sample, box) in enumerate(boxed)
     ]
 
@@ -121,11 +115,9 @@ def find_scale_problem(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) 
     within_1000 = bool(((boxes >= 0) & (boxes <= 1000)).all())
     if beyond.any():
         count = f"{beyond.sum()} of {has_size.sum()} boxes reach far beyond their images"
-        explanation = (
-            "they look like 0 to 1000, or like pixels of larger copies"
-            if within_1000
-            else "of larger copies?"
-        )
+        explanation = "of larger copies?"
+        if within_1000:
+            explanation = "they look like 0 to 1000, or like pixels of larger copies"
         is_error = within_1000 and beyond.sum() >= max(2, has_size.sum() / 2)
         return ScaleProblem(f"{count}: {explanation}", int(beyond.argmax()), bool(is_error))
     large = (sizes >= LARGE_IMAGE_SIDE).all(1)

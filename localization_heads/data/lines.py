@@ -119,11 +119,9 @@ def _format_value(value: object) -> str:
     """A value for an error message; a long one is replaced by its type, a huge integer by words."""
     if isinstance(value, int) and abs(value) > MAX_COORDINATE:
         return "a huge number"
-    return (
-        repr(value)
-        if isinstance(value, str | float | int | None) and len(str(value)) < 40
-        else type(value).__name__
-    )
+    if isinstance(value, str | float | int | None) and len(str(value)) < 40:
+        return repr(value)
+    return type(value).__name__
 
 
 Fact = str | int | float | bool

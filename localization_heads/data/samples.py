@@ -205,9 +205,9 @@ def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
     """The pixels to leave out of mask scores, bool `(H, W)`, or None. UsageError, naming the line."""
-    return (
-        None if sample.ignore is None else _decode_mask(sample.ignore, size, f"{sample_name(sample)}: ignore")
-    )
+    if sample.ignore is None:
+        return None
+    return _decode_mask(sample.ignore, size, f"{sample_name(sample)}: ignore")
 
 
 def _decode_mask(mask: MaskSource, size: tuple[int, int], name: str) -> NDArray[np.bool_]:
@@ -227,11 +227,9 @@ def check_inside(sample: Sample, size: tuple[int, int]) -> None:
 
 def sample_name(sample: Sample) -> str:
     """A sample's name for messages: its line and id, or its id, or its expression."""
-    return (
-        f"line {sample.line} ({sample.id})"
-        if sample.line
-        else sample.id or f"sample {shown(str(sample.expression))}"
-    )
+    if sample.line:
+        return f"line {sample.line} ({sample.id})"
+    return sample.id or f"sample {shown(str(sample.expression))}"
 
 
 class _ClaimedIds:
@@ -324,19 +322,14 @@ def _parse_images(entry: Mapping[str, Any], folder: Path, allow_private: bool) -
     """The image of a line, or the images of a multi-image prompt, for which there can be no ground truth."""
     names = entry.get("image_path")
     if not isinstance(names, list):
-        return _parse_image(
-            _require_text(entry, "image_path", ("image", "image_file")), folder, allow_private
-        )
+        path = _require_text(entry, "image_path", ("image", "image_file"))
+        return _parse_image(path, folder, allow_private)
     if field_name := next((name for name in (*_TRUTH_FIELDS, "ignore") if entry.get(name) is not None), None):
         raise BadLineError(
             f"'image_path' lists several images, but '{field_name}' belongs to one: leave it out"
         )
-    return Together(
-        [
-            _parse_image(_require_text({"image_path": name}, "image_path"), folder, allow_private)
-            for name in names
-        ]
-    )
+    paths = [_require_text({"image_path": name}, "image_path") for name in names]
+    return Together([_parse_image(path, folder, allow_private) for path in paths])
 
 
 def _parse_image(value: str, folder: Path, allow_private: bool) -> Address | Path:

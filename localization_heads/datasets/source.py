@@ -155,11 +155,9 @@ def open_source(dataset: str, path: Path, images: Path | None) -> Source:
     if dataset in OPENERS:
         return OPENERS[dataset](path, images)
     root = _dataset_folder(dataset, path)
-    files = (
-        [path]
-        if path.is_file()
-        else [file for pattern in _PARQUET_PATTERNS for file in sorted(root.glob(pattern))]
-    )
+    files = [path]
+    if not path.is_file():
+        files = [file for pattern in _PARQUET_PATTERNS for file in sorted(root.glob(pattern))]
     if parquets := [file for file in files if file.suffix == ".parquet"]:
         return _open_parquets(dataset, parquets, path, images)
     if dataset == "reasonseg":

@@ -232,16 +232,15 @@ def _parse_published(content: Any, path: Path) -> AttentionMaps:
     tensor = content["attn"] if isinstance(content, dict) and "attn" in content else content
     attention = _square_maps(_stack_layers(tensor), metadata.get("patch_size"))
     _check_maps(attention)
-    # Without metadata the image is unknown; the grid stands in for it, one pixel per cell.
-    named_size = metadata.get("image_size") is not None
-    size = (
-        _parse_size(_parse_numbers(metadata, "image_size", 2))
-        if named_size
-        else (attention.shape[3], attention.shape[2])
-    )
+    if metadata.get("image_size") is not None:
+        size = _parse_size(_parse_numbers(metadata, "image_size", 2))
+        image_box = _padded_square(*size)
+    else:  # the image is unknown; the grid stands in for it, one pixel per cell
+        size = (attention.shape[3], attention.shape[2])
+        image_box = (0.0, 0.0, float(size[0]), float(size[1]))
     return AttentionMaps(
         attention=attention,
-        image_box=_padded_square(*size) if named_size else (0.0, 0.0, float(size[0]), float(size[1])),
+        image_box=image_box,
         image_size=size,
         image_file=_parse_text(metadata, "image_file"),
         query=_parse_text(metadata, "query"),

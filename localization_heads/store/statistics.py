@@ -179,14 +179,14 @@ def find_stores(folder: str | Path) -> list[StoreHeader]:
         header = journal.read_json_or_none(path)
         if not isinstance(header, dict) or path.stem != _store_name(header):
             continue
-        layers, heads, settings = header.get("layers"), header.get("heads"), header.get("settings")
-        sizes = (
-            type(layers) is int and type(heads) is int and layers > 0 and 0 < heads <= _MAX_HEADS // layers
-        )
-        if header.get("version") == VERSION and sizes and isinstance(settings, dict):
-            columns, last_used = header.get("columns", COLUMNS), path.stat().st_mtime
-            if isinstance(columns, dict):
-                headers.append(StoreHeader(Path(folder), settings, layers, heads, last_used, columns))  # type: ignore[arg-type]
+        layers, heads = header.get("layers"), header.get("heads")
+        settings, columns = header.get("settings"), header.get("columns", COLUMNS)
+        if type(layers) is not int or type(heads) is not int or layers <= 0:
+            continue
+        is_valid = header.get("version") == VERSION and 0 < heads <= _MAX_HEADS // layers
+        if is_valid and isinstance(settings, dict) and isinstance(columns, dict):
+            last_used = path.stat().st_mtime
+            headers.append(StoreHeader(Path(folder), settings, layers, heads, last_used, columns))
     return sorted(headers, key=lambda header: -header.last_used)
 
 
