@@ -328,7 +328,7 @@ def _parse_images(entry: Mapping[str, Any], folder: Path, allow_private: bool) -
         raise BadLineError(
             f"'image_path' lists several images, but '{field_name}' belongs to one: leave it out"
         )
-    paths = [_require_text({"image_path": name}, "image_path") for name in names]
+    paths = (_require_text({"image_path": name}, "image_path") for name in names)
     return Together([_parse_image(path, folder, allow_private) for path in paths])
 
 
