@@ -88,9 +88,9 @@ def _options_for_fit(options: FinderOptions, *, signals: bool) -> FinderOptions:
     )
 
 
-def _measure(run: Run, attended: AttendedSample, groundings: Sequence[Grounding]) -> dict[str, Any]:
+def _measure(run: Run, entry: AttendedSample, groundings: Sequence[Grounding]) -> dict[str, Any]:
     grounding = groundings[0]
-    return {"signals": dict(grounding.signals), "right": is_right(attended.sample, grounding.box)}
+    return {"signals": dict(grounding.signals), "right": is_right(entry.sample, grounding.box)}
 
 
 def _label_outcomes(outcomes: Sequence[Outcome]) -> LabelledSignals:

@@ -64,7 +64,7 @@ def evaluate(run: Run) -> Result:
             bootstrap=options.bootstrap,
             seed=options.random_seed,
         )
-        # Clips are excluded: one of only the frames that the ranking draws would have other maps.
+        # Not for clips: a clip of only the frames that the ranking draws would have other maps.
         store = (
             open_statistics(run)
             if report.needs_ranking and judge.controls and not run.frames_per_clip
@@ -198,9 +198,9 @@ class EntryScorer:
     native: BoxFormat | None
     single_heads: SingleHeadIoU = field(default_factory=SingleHeadIoU)
 
-    def measure(self, run: Run, attended: AttendedSample, groundings: Sequence[Grounding]) -> dict[str, Any]:
+    def measure(self, run: Run, entry: AttendedSample, groundings: Sequence[Grounding]) -> dict[str, Any]:
         """Whether the box is right and, with one true box, the scores of every method and of the model's own box."""
-        sample, image, grounding = attended.sample, attended.single_image, groundings[0]
+        sample, image, grounding = entry.sample, entry.single_image, groundings[0]
         measured: dict[str, Any] = {"right": is_right(sample, grounding.box)}
         overlap = overlap_of_all(sample, groundings)
         if overlap is not None:
@@ -209,7 +209,7 @@ class EntryScorer:
             return measured
         truth = truth_of(sample, image.size)
         refine = partial(run.grounder(None).refine, image=image, name=f"a control of {sample_name(sample)}")
-        scores = self.judge.scores(attended.maps, grounding, truth, refine)
+        scores = self.judge.scores(entry.maps, grounding, truth, refine)
         if grounding.absent:  # no answer
             scores[HEADS] = [score_box(None, truth, image.size)]
         measured["scores"] = scores
@@ -217,7 +217,7 @@ class EntryScorer:
             box, answer = generate_box(run.lvlm, self.native, image, sample.expression)
             scores["native"] = [score_box(box, truth, image.size)]
             measured["native"] = {"box": None if box is None else list(box), "answer": answer}
-        return measured | self.single_heads.measure(sample, attended.maps, run.options.grounding)
+        return measured | self.single_heads.measure(sample, entry.maps, run.options.grounding)
 
     def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Everything that the scores depend on besides the boxes."""

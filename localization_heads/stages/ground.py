@@ -50,50 +50,8 @@ if TYPE_CHECKING:
     from localization_heads.figures import DetectedObject
 
 
-def zoom_pass(run: Run, heads: Sequence[Head] | None) -> SecondPass | None:
-    """The second pass of `zoom=true`; None without it."""
-    return partial(_ground_crops, heads=heads) if run.options.zoom else None
-
-
-def _ground_crops(
-    run: Run, entries: Entries, attended: Sequence[AttendedSample], *, heads: Sequence[Head] | None
-) -> list[AttendedSample]:
-    """The samples with the boxes that the same heads find in crops around the first boxes.
-
-    Every sample of the chunk is asked, even those with stored results: a smaller batch would round differently.
-    A sample whose crop cannot be used is left out.
-    """
-    first = {one.sample.id: grounding for one in attended if (grounding := _ground_whole(run, one, heads))}
-    crops = {id: crop for id, grounding in first.items() if (crop := crop_around(grounding))}
-    opened = [
-        (one.sample, one.single_image.crop(crops[one.sample.id]))
-        for one in attended
-        if one.sample.id in crops
-    ]
-    last_layer = max((head.layer for grounding in first.values() for head in grounding.heads), default=None)
-    cropped = {one.sample.id: one for one in attend_samples(run, entries, opened, last_layer)}
-    zoomed = []
-    for one in attended:
-        id = one.sample.id
-        if id in cropped:
-            grounding = ground_maps(cropped[id].maps, first[id].heads, run.options.grounding)
-            box = to_image_pixels(grounding.box, crops[id]) if grounding.cells.any() else None
-            zoomed.append(one._replace(zoomed_box=box))
-        elif id not in crops:
-            zoomed.append(one)
-    return zoomed
-
-
-def _ground_whole(run: Run, one: AttendedSample, heads: Sequence[Head] | None) -> Grounding | None:
-    """The grounding on the whole image; None if no head passes in this sample, which `_ground_each` reports."""
-    try:
-        return ground_maps(one.maps, run.grounder(heads).heads_of(one.maps), run.options.grounding)
-    except NoHeadError:
-        return None
-
-
 Measure = Callable[[Run, AttendedSample, Sequence[Grounding]], dict[str, Any]]
-"""`measure(run, attended, groundings)`: further JSON values for `Outcome.measured`; `groundings` are best first.
+"""`measure(run, entry, groundings)`: further JSON values for `Outcome.measured`; `groundings` are best first.
 
 A UsageError fails the entry. Like a `ProcessChunk` it is pickled for workers, and gets the worker's `Run`.
 """
@@ -124,17 +82,20 @@ def _name_entries(run: Run) -> Entries:
     for name, listing in zip(names, listings, strict=True):
         files += listing or [run.resolve_image(name)]
     if run.options.together or (run.options.together is None and not isinstance(named, str)):
-        return _one_entry(run, Together(files), query)
+        return _single_entry(run, Together(files), query)
     if listings == [None]:
-        return _one_entry(run, run.resolve_image(named), query)
+        return _single_entry(run, run.resolve_image(named), query)
     if run.options.save_id:
         raise UsageError("save_id= names the files of one image; leave it out for several")
     samples = [Sample(file, query, id=image_id(run, file, query), line=n) for n, file in enumerate(files, 1)]
     ids = Counter(sample.id for sample in samples)
-    return Entries([replace(one, id=f"{one.id}_{one.line}") if ids[one.id] > 1 else one for one in samples])
+    for index, sample in enumerate(samples):
+        if ids[sample.id] > 1:
+            samples[index] = replace(sample, id=f"{sample.id}_{sample.line}")
+    return Entries(samples)
 
 
-def _one_entry(run: Run, image: ImageSource | Together, query: str) -> Entries:
+def _single_entry(run: Run, image: ImageSource | Together, query: str) -> Entries:
     id = image_id(run, image, query)
     entry_path(run.attention_folder, id, "_prediction.jsonl")
     load_prompt_images(image)  # a bad image is a usage error here, not a failed entry
@@ -159,57 +120,20 @@ def split_entries(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[S
             split.samples.append(replace(sample, expression=phrases[0]))
             continue
         with split.skip_on_error(sample, ValueError):
-            groups[sample.id] = [_part(sample, n, phrase, ids) for n, phrase in enumerate(phrases, start=1)]
+            groups[sample.id] = [
+                _phrase_sample(sample, n, phrase, ids) for n, phrase in enumerate(phrases, start=1)
+            ]
             split.samples += groups[sample.id]
     return split, groups
 
 
-def _part(sample: Sample, number: int, phrase: str, ids: set[str]) -> Sample:
+def _phrase_sample(sample: Sample, number: int, phrase: str, ids: set[str]) -> Sample:
     id = check_id(f"{sample.id}_{number}")
     if id in ids:
         raise UsageError(
             f"its phrase {number} would get the id {id} of another entry; phrases.by=whole does not split"
         )
     return replace(sample, id=id, expression=phrase, bbox=None, mask=None, boxes=(), absent=False)
-
-
-def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[Outcome]) -> list[Path]:
-    """Draw `<id>_grounding.png` for the first entries that were split into phrases."""
-    from localization_heads import figures
-
-    predictions = {outcome.sample.id: outcome.prediction for outcome in outcomes}
-    paths = []
-    for id, parts in list(groups.items())[: run.num_figures]:
-        grounded = [part for part in parts if part.id in predictions]
-        if not grounded or isinstance(parts[0].image, Together):  # each phrase may be in another image
-            continue
-        image = load_image(parts[0].image)
-        objects = [
-            _drawn_object(part.expression, prediction, image.size)
-            for part in grounded
-            if (prediction := predictions[part.id]).bbox is not None
-        ]
-        path = entry_path(run.attention_folder, id, "_grounding.png")
-        paths.append(run.draw(figures.plot_several, image, objects, path=path))
-    return paths
-
-
-def _drawn_object(
-    phrase: str, prediction: Prediction | Instance, image_size: tuple[int, int]
-) -> DetectedObject:
-    from localization_heads.figures import DetectedObject
-
-    assert prediction.bbox is not None
-    mask = None if prediction.mask is None else read_mask(prediction.mask, image_size)
-    return DetectedObject(phrase, prediction.bbox, prediction.score or 0.0, mask)
-
-
-class _Grounded(NamedTuple):
-    """The outcome of an entry, its image and grounding if they will be drawn, and its statistics if they are stored."""
-
-    outcome: Outcome
-    drawing: tuple[PromptImages, Grounding] | None = None
-    statistics: HeadStatistics | None = None
 
 
 def ground_all(
@@ -248,19 +172,24 @@ def ground_all(
 
     def save(grounded: Sequence[_Grounded]) -> None:
         drawn = []
-        for one in grounded:
-            sample = one.outcome.sample
+        for result in grounded:
+            sample = result.outcome.sample
             with entries.skip_on_error(sample):
-                if one.drawing is not None:
-                    figure_paths[sample.id] = _draw(run, one.outcome, *one.drawing)
-                drawn.append(one)
-        statistics = [(one.outcome.sample, one.statistics) for one in drawn if one.statistics is not None]
+                if result.drawing is not None:
+                    figure_paths[sample.id] = _draw(run, result.outcome, *result.drawing)
+                drawn.append(result)
+        statistics = [
+            (result.outcome.sample, result.statistics) for result in drawn if result.statistics is not None
+        ]
         if store is not None and statistics:
             append_statistics(entries, statistics, store)
         log.append(
-            [(entries.result_key(one.outcome.sample, contrast), one.outcome.to_json()) for one in drawn]
+            [
+                (entries.result_key(result.outcome.sample, contrast), result.outcome.to_json())
+                for result in drawn
+            ]
         )
-        outcomes.update({one.outcome.sample.id: one.outcome for one in drawn})
+        outcomes.update({result.outcome.sample.id: result.outcome for result in drawn})
 
     last_layer = _last_layer(run, every_layer)
     if not run.uses_workers:  # workers load their own
@@ -290,9 +219,16 @@ def ground_all(
     )
     if not outcomes:
         raise NothingDoneError("no entry could be grounded", entries.sorted_failures())
-    return [outcomes[id] for id in order if id in outcomes], [
-        figure_paths[id] for id in order if id in figure_paths
-    ]
+    paths = [figure_paths[id] for id in order if id in figure_paths]
+    return [outcomes[id] for id in order if id in outcomes], paths
+
+
+class _Grounded(NamedTuple):
+    """The outcome of an entry, its image and grounding if they will be drawn, and its statistics if they are stored."""
+
+    outcome: Outcome
+    drawing: tuple[PromptImages, Grounding] | None = None
+    statistics: HeadStatistics | None = None
 
 
 def _ground_each(
@@ -316,26 +252,38 @@ def _ground_each(
     """
     grounder = run.grounder(heads, calibration)
 
-    def ground_one(one: AttendedSample) -> _Grounded:
-        statistics = head_statistics(one.maps.attention, run.options.criteria) if with_statistics else None
+    def ground_one(entry: AttendedSample) -> _Grounded:
+        statistics = head_statistics(entry.maps.attention, run.options.criteria) if with_statistics else None
         if all_instances := run.options.instances == "all":
-            groundings = grounder.ground_all(one.maps, one.image, statistics)
+            groundings = grounder.ground_all(entry.maps, entry.image, statistics)
         else:
-            groundings = [grounder.ground(one.maps, one.image, statistics, one.zoomed_box)]
+            groundings = [grounder.ground(entry.maps, entry.image, statistics, entry.zoomed_box)]
         grounding = groundings[0]
-        outcome = Outcome.of(one.sample, grounding, groundings if all_instances else None)
-        measured = measure(run, one, groundings) if measure else {}
+        outcome = Outcome.of(entry.sample, grounding, groundings if all_instances else None)
+        measured = measure(run, entry, groundings) if measure else {}
         index = grounding.image_index
-        card = offer_card(gallery, outcome, one.maps.at(index), grounding, lambda: image_at(one.image, index))
+        card = offer_card(
+            gallery, outcome, entry.maps.at(index), grounding, lambda: image_at(entry.image, index)
+        )
         # Without the mask, which takes a byte per pixel and is in the outcome as run lengths.
-        drawing = (one.image, _without_masks(grounding)) if one.sample.id in draw_ids else None
+        drawing = (entry.image, _without_masks(grounding)) if entry.sample.id in draw_ids else None
         return _Grounded(replace(outcome, measured=measured, card=card), drawing, statistics)
 
     grounded = []
-    for one in attended:
-        with entries.skip_on_error(one.sample):
-            grounded.append(ground_one(one))
+    for entry in attended:
+        with entries.skip_on_error(entry.sample):
+            grounded.append(ground_one(entry))
     return grounded
+
+
+def _last_layer(run: Run, every_layer: bool) -> int | None:
+    """The deepest layer to run: that of the fixed heads; None runs all layers."""
+    run.check_named_heads()
+    heads = run.named_heads
+    if every_layer or not heads:
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        return None
+    return max(head.layer for head in heads)
 
 
 def grounding_settings(run: Run) -> dict[str, Any]:
@@ -354,26 +302,48 @@ def grounding_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _last_layer(run: Run, every_layer: bool) -> int | None:
-    """The deepest layer to run: that of the fixed heads; None runs all layers."""
-    run.check_named_heads()
-    heads = run.named_heads
-    if every_layer or not heads:
-        check_criteria(run.options.criteria, run.lvlm.num_layers)
+def zoom_pass(run: Run, heads: Sequence[Head] | None) -> SecondPass | None:
+    """The second pass of `zoom=true`; None without it."""
+    return partial(_ground_crops, heads=heads) if run.options.zoom else None
+
+
+def _ground_crops(
+    run: Run, entries: Entries, attended: Sequence[AttendedSample], *, heads: Sequence[Head] | None
+) -> list[AttendedSample]:
+    """The samples with the boxes that the same heads find in crops around the first boxes.
+
+    Every sample of the chunk is asked, even those with stored results: a smaller batch would round differently.
+    A sample whose crop cannot be used is left out.
+    """
+    first = {
+        entry.sample.id: grounding for entry in attended if (grounding := _ground_whole(run, entry, heads))
+    }
+    crops = {id: crop for id, grounding in first.items() if (crop := crop_around(grounding))}
+    opened = [
+        (entry.sample, entry.single_image.crop(crops[entry.sample.id]))
+        for entry in attended
+        if entry.sample.id in crops
+    ]
+    last_layer = max((head.layer for grounding in first.values() for head in grounding.heads), default=None)
+    cropped = {entry.sample.id: entry for entry in attend_samples(run, entries, opened, last_layer)}
+    zoomed = []
+    for entry in attended:
+        id = entry.sample.id
+        if id in cropped:
+            grounding = ground_maps(cropped[id].maps, first[id].heads, run.options.grounding)
+            box = to_image_pixels(grounding.box, crops[id]) if grounding.cells.any() else None
+            zoomed.append(entry._replace(zoomed_box=box))
+        elif id not in crops:
+            zoomed.append(entry)
+    return zoomed
+
+
+def _ground_whole(run: Run, entry: AttendedSample, heads: Sequence[Head] | None) -> Grounding | None:
+    """The grounding on the whole image; None if no head passes in this sample, which `_ground_each` reports."""
+    try:
+        return ground_maps(entry.maps, run.grounder(heads).heads_of(entry.maps), run.options.grounding)
+    except NoHeadError:
         return None
-    return max(head.layer for head in heads)
-
-
-def _with_mask(grounding: Grounding, mask: Mapping[str, Any] | None) -> Grounding:
-    """The grounding with its segmenter's mask, decoded from the run lengths of its prediction."""
-    if grounding.mask_from == "map" or mask is None:
-        return grounding
-    return replace(grounding, refined=read_mask(mask, grounding.image_size))
-
-
-def _without_masks(grounding: Grounding) -> Grounding:
-    each = tuple(replace(part, refined=None) for part in grounding.each)
-    return replace(grounding, refined=None, each=each)
 
 
 def _draw(run: Run, outcome: Outcome, images: PromptImages, grounding: Grounding) -> Path:
@@ -404,3 +374,46 @@ def _draw(run: Run, outcome: Outcome, images: PromptImages, grounding: Grounding
     return run.draw(
         figures.plot_grounding, image, grounding, path=path, truth=sample.bbox, expression=expression
     )
+
+
+def _with_mask(grounding: Grounding, mask: Mapping[str, Any] | None) -> Grounding:
+    """The grounding with its segmenter's mask, decoded from the run lengths of its prediction."""
+    if grounding.mask_from == "map" or mask is None:
+        return grounding
+    return replace(grounding, refined=read_mask(mask, grounding.image_size))
+
+
+def _without_masks(grounding: Grounding) -> Grounding:
+    each = tuple(replace(part, refined=None) for part in grounding.each)
+    return replace(grounding, refined=None, each=each)
+
+
+def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[Outcome]) -> list[Path]:
+    """Draw `<id>_grounding.png` for the first entries that were split into phrases."""
+    from localization_heads import figures
+
+    predictions = {outcome.sample.id: outcome.prediction for outcome in outcomes}
+    paths = []
+    for id, parts in list(groups.items())[: run.num_figures]:
+        grounded = [part for part in parts if part.id in predictions]
+        if not grounded or isinstance(parts[0].image, Together):  # each phrase may be in another image
+            continue
+        image = load_image(parts[0].image)
+        objects = [
+            _drawn_object(part.expression, prediction, image.size)
+            for part in grounded
+            if (prediction := predictions[part.id]).bbox is not None
+        ]
+        path = entry_path(run.attention_folder, id, "_grounding.png")
+        paths.append(run.draw(figures.plot_several, image, objects, path=path))
+    return paths
+
+
+def _drawn_object(
+    phrase: str, prediction: Prediction | Instance, image_size: tuple[int, int]
+) -> DetectedObject:
+    from localization_heads.figures import DetectedObject
+
+    assert prediction.bbox is not None
+    mask = None if prediction.mask is None else read_mask(prediction.mask, image_size)
+    return DetectedObject(phrase, prediction.bbox, prediction.score or 0.0, mask)

@@ -98,13 +98,19 @@ def find_by_labels(run: Run) -> LabelRanking:
     entries = _select_labelled(run)
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
-        form = with_box_span(run.lvlm).box_format if run.options.heads_by == "vrh" else None
+        box_format = with_box_span(run.lvlm).box_format if run.options.heads_by == "vrh" else None
         store = open_ranking_statistics(run, entries)
-        scores = _scores_header(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
-        _collect_scores(run, entries, store, scores, form)
+        scores = _scores_header(
+            run, store.settings, box_format, run.lvlm.num_layers, run.lvlm.num_heads
+        ).open()
+        _collect_scores(run, entries, store, scores, box_format)
         failed = {failure.line: failure.reason for failure in entries.failures}
         scores.record_failures(
-            {_score_key(entries, one): failed[one.line] for one in entries.samples if one.line in failed}
+            {
+                _score_key(entries, sample): failed[sample.line]
+                for sample in entries.samples
+                if sample.line in failed
+            }
         )
         ranked = _rank(run, entries, store, scores)
         report_paths = Reporter(run, ranked.result.ranking).write(entries, store=store)
@@ -117,13 +123,13 @@ def rank_by_stored_labels(run: Run) -> LabelRanking:
     by, entries, record = run.options.heads_by, _select_labelled(run), find_stored_statistics(run)
     check_criteria(run.options.criteria, record.num_layers)
     entries.with_sensitivity = record.has_sensitivity
-    form = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
-    header = _scores_header(run, record.settings, form, record.num_layers, record.num_heads)
+    box_format = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
+    header = _scores_header(run, record.settings, box_format, record.num_layers, record.num_heads)
     exists = any(
         stored.settings == header.settings and stored.columns == header.columns
         for stored in find_stores(header.folder)
     )
-    if (by == "vrh" and form is None) or not exists:
+    if (by == "vrh" and box_format is None) or not exists:
         raise UsageError(
             f"stage=rank heads_by={by}: no such scores of these options in {header.folder}: run stage=find with them "
             "first"
@@ -173,16 +179,18 @@ def _draw_entries(run: Run, entries: Entries) -> Entries:
 
 
 def _scores_header(
-    run: Run, settings: Mapping[str, Any], form: BoxFormat | None, num_layers: int, num_heads: int
+    run: Run, settings: Mapping[str, Any], box_format: BoxFormat | None, num_layers: int, num_heads: int
 ) -> StoreHeader:
     """The header of the store of scores. The ground truth is not part of it, but of each sample's key.
 
     Args:
         settings: those of the statistics of the same maps.
     """
-    native_box = None if form is None else [form.prompt, form.pattern, form.max_new_tokens]
+    native_box = (
+        None if box_format is None else [box_format.prompt, box_format.pattern, box_format.max_new_tokens]
+    )
     of_model = {name: value for name, value in settings.items() if name != "asked"}
-    columns = MAP_SCORES if form is None else BOX_SCORES
+    columns = MAP_SCORES if box_format is None else BOX_SCORES
     return StoreHeader(
         run.folder / "labels", {**of_model, "native_box": native_box}, num_layers, num_heads, 0.0, columns
     )
@@ -194,7 +202,7 @@ def _score_key(entries: Entries, sample: Sample) -> bytes:
 
 
 def _collect_scores(
-    run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore, form: BoxFormat | None
+    run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore, box_format: BoxFormat | None
 ) -> None:
     """Run the model over the entries whose statistics or scores are missing."""
     criteria = run.options.criteria
@@ -208,13 +216,13 @@ def _collect_scores(
     def save(scored: Sequence[_ScoredSample]) -> None:
         append_statistics(
             entries,
-            [(one.sample, one.statistics) for one in scored],
+            [(item.sample, item.statistics) for item in scored],
             store,
-            [statistics_key(one.sample) for one in scored],
-            [one.sensitivity for one in scored if one.sensitivity],
+            [statistics_key(item.sample) for item in scored],
+            [item.sensitivity for item in scored if item.sensitivity],
         )
-        keys = [_score_key(entries, one.sample) for one in scored]
-        scores.append(keys, *(np.stack([one.scores[name] for one in scored]) for name in scores.columns))
+        keys = [_score_key(entries, item.sample) for item in scored]
+        scores.append(keys, *(np.stack([item.scores[name] for item in scored]) for name in scores.columns))
 
     run_over_samples(
         run,
@@ -222,33 +230,31 @@ def _collect_scores(
         entries.samples,
         "find",
         is_done=lambda sample: statistics_key(sample) in store and _score_key(entries, sample) in scores,
-        process=partial(_score_chunk, form=form),
+        process=partial(_score_chunk, box_format=box_format),
         save=save,
-        process_runs_model=form is not None,
+        process_runs_model=box_format is not None,
         second_pass=mirrored_pass(mirrored),
         extra_prompts=sensitivity_prompts(criteria),
     )
 
 
 def _score_chunk(
-    run: Run, entries: Entries, attended: Sequence[AttendedSample], *, form: BoxFormat | None
+    run: Run, entries: Entries, attended: Sequence[AttendedSample], *, box_format: BoxFormat | None
 ) -> list[_ScoredSample]:
     scored = []
-    for one in attended:
-        with entries.skip_on_error(one.sample):
-            truth = truth_of(one.sample, one.single_image.size)
-            if form is None:
-                scores = label_scores(one.maps, truth)
+    for entry in attended:
+        with entries.skip_on_error(entry.sample):
+            truth = truth_of(entry.sample, entry.single_image.size)
+            if box_format is None:
+                scores = label_scores(entry.maps, truth)
             else:
-                maps = with_box_span(run.lvlm).attend(one.single_image, one.sample.expression)
+                maps = with_box_span(run.lvlm).attend(entry.single_image, entry.sample.expression)
                 scores = {"vrh": mass_on_patches(maps, truth.box)}
-            statistics = head_statistics(one.maps.attention, run.options.criteria)
-            sensitivity = (
-                measure_sensitivity(one.maps, one.mirrored_maps)
-                if measures_sensitivity(run.options.criteria)
-                else None
-            )
-            scored.append(_ScoredSample(one.sample, statistics, sensitivity, scores))
+            statistics = head_statistics(entry.maps.attention, run.options.criteria)
+            sensitivity = None
+            if measures_sensitivity(run.options.criteria):
+                sensitivity = measure_sensitivity(entry.maps, entry.mirrored_maps)
+            scored.append(_ScoredSample(entry.sample, statistics, sensitivity, scores))
     return scored
 
 

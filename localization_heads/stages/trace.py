@@ -83,11 +83,11 @@ def trace(run: Run) -> TraceResult:
         return True
 
     def save(traced: Sequence[_TracedEntry]) -> None:
-        for one in traced:
-            with entries.skip_on_error(one.sample, WorkError):
-                paths.extend(_write(one.page, one.trace, one.image, page_of(one.sample)))
-                answers[one.sample.id] = one.trace.query, one.trace.answer
-                traces[:] = [one.trace]
+        for entry in traced:
+            with entries.skip_on_error(entry.sample, WorkError):
+                paths.extend(_write(entry.page, entry.trace, entry.image, page_of(entry.sample)))
+                answers[entry.sample.id] = entry.trace.query, entry.trace.answer
+                traces[:] = [entry.trace]
 
     with RunLock(run.folder):
         writable_folder(run.attention_folder)  # fails now, not after the model has run
@@ -124,11 +124,11 @@ def _trace_each(
 ) -> list[_TracedEntry]:
     """Trace the answer to each entry of a chunk; without `heads`, each with its own."""
     options, traced = run.options, []
-    for one in attended:
-        sample, image = one.sample, one.single_image
+    for entry in attended:
+        sample, image = entry.sample, entry.single_image
         with entries.skip_on_error(sample, WorkError):
             query = sample.expression
-            found = run.lvlm.trace(
+            trace = run.lvlm.trace(
                 image,
                 query,
                 heads or run.lvlm.pick_own_heads(image, query, options.criteria, options.k),
@@ -136,9 +136,9 @@ def _trace_each(
                 trace=options.trace,
                 options=options.grounding,
             )
-            found = replace(found, image_file=str(sample.image))
-            page = render_trace(found, image, _digest(recipe, entries.key(sample)))
-            traced.append(_TracedEntry(sample, image, replace(found, every=None), page.encode()))
+            trace = replace(trace, image_file=str(sample.image))
+            page = render_trace(trace, image, _digest(recipe, entries.key(sample)))
+            traced.append(_TracedEntry(sample, image, replace(trace, every=None), page.encode()))
     return traced
 
 
