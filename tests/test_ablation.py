@@ -192,28 +192,28 @@ def test_native_boxes_by_hand(front: Front, monkeypatch: pytest.MonkeyPatch) -> 
     Two of three true boxes are in the centre, so only switching off 2-0 makes all boxes wrong.
     """
 
-    def asks(lvlm: LVLM, *asked: Any) -> Any:
-        said = ""
+    def generate_native_box(lvlm: LVLM, *arguments: Any) -> Any:
+        text = ""
 
         def generate(input_ids: Any, attention_mask: Any, pixel_values: Any, **_: Any) -> Any:
-            nonlocal said
-            seen: list[Any] = []
+            nonlocal text
+            written: list[Any] = []
             hook = output_projection(lvlm, 2).register_forward_pre_hook(
-                lambda _, given: seen.append(given[0])
+                lambda _, given: written.append(given[0])
             )
             lvlm.model.base_model(input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
             hook.remove()
-            is_on = bool(seen[-1][..., : seen[-1].shape[-1] // lvlm.num_heads].any())
+            is_on = bool(written[-1][..., : written[-1].shape[-1] // lvlm.num_heads].any())
             numbers = (256, 256, 768, 768) if is_on else (0, 0, 40, 40)  # of 1024
-            said = "".join(f"<loc{number:04d}>" for number in numbers)
+            text = "".join(f"<loc{number:04d}>" for number in numbers)
             return input_ids
 
         with monkeypatch.context() as patch:
             patch.setattr(lvlm.model, "generate", generate)
-            patch.setattr(type(lvlm.processor.tokenizer), "decode", lambda *_, **__: said)
-            return generate_box(lvlm, *asked)
+            patch.setattr(type(lvlm.processor.tokenizer), "decode", lambda *_, **__: text)
+            return generate_box(lvlm, *arguments)
 
-    monkeypatch.setattr(ablate, "generate_box", asks)
+    monkeypatch.setattr(ablate, "generate_box", generate_native_box)
     draw_image(Path("a.png"), size=(96, 96))
     boxes = [[24, 24, 72, 72], [24, 24, 72, 60], [0, 40, 40, 90]]
     lines = [

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import mask_coverage, visible_edges
 from localization_heads.evaluation.head_iou import head_hits, map_ious
-from localization_heads.evaluation.metrics import spearman
 from localization_heads.evaluation.scores import Score, Truth
 from localization_heads.experiments import paper
 from localization_heads.experiments.catalogue import EXPERIMENTS
@@ -254,18 +253,6 @@ def test_fig14_ranks_at_each_n(study: Study) -> None:
 
 
 # --- validation ---------------------------------------------------------------------------------------------------
-
-
-def test_spearman_by_hand() -> None:
-    """1 - 6 sum d^2 / n (n^2 - 1) where there is no tie: d = 0, 1, -1, 0."""
-    found = spearman([1, 2, 3, 4], [10, 30, 20, 40])
-    assert found is not None
-    assert found[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert found[1] == pytest.approx(
-        8 / 24
-    )  # of 24 permutations: identity, three adjacent swaps, and their reversals
-    assert spearman([1, 2], [1, 2]) is None
-    assert spearman([1, 1, 1], [1, 2, 3]) is None
 
 
 def ranks(values: Sequence[float]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Sheets of boxes; and what the figures have in place of matplotlib's own images, axes and PNGs shows the same."""
+"""Our replacements of matplotlib's images, axes and PNGs show the same; and the sheet of boxes."""
 
 import io
 from itertools import combinations
@@ -19,12 +19,12 @@ from localization_heads.figures.sheet import Panel, draw_pixels
 
 pytestmark = pytest.mark.filterwarnings("error")
 rng = np.random.default_rng(0)
-PLACE = (0.13, 0.21, 0.7, 0.6)
+POSITION = (0.13, 0.21, 0.7, 0.6)
 SMALL = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((80, 60)))
 
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_a_png_holds_the_pixels_and_what_is_said_of_them(compact: bool) -> None:
+def test_png_contains_pixels_text_and_resolution(compact: bool) -> None:
     pixels = rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)
     read = Image.open(io.BytesIO(encode_png(pixels, 200, {"Inputs": "abc"}, compact=compact)))
     assert read.mode == "RGB" and (np.asarray(read) == pixels).all()
@@ -38,22 +38,22 @@ def pixels_of(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].astype(float)
 
 
-def by_matplotlib(values: np.ndarray, box: tuple[float, ...], **how: object) -> np.ndarray:
+def by_matplotlib(values: np.ndarray, box: tuple[float, ...], **options: object) -> np.ndarray:
     figure = Figure(figsize=(4, 3), dpi=100)
-    axes = figure.add_axes(PLACE)
+    axes = figure.add_axes(POSITION)
     x0, y0, x1, y1 = box
-    axes.imshow(values, extent=(x0, x1, y1, y0), aspect="auto", **how)
-    return framed(figure, axes)
+    axes.imshow(values, extent=(x0, x1, y1, y0), aspect="auto", **options)
+    return rendered_axes(figure, axes)
 
 
-def by_us(values: np.ndarray, box: tuple[float, ...], **how: object) -> np.ndarray:
+def by_us(values: np.ndarray, box: tuple[float, ...], **options: object) -> np.ndarray:
     figure = Figure(figsize=(4, 3), dpi=100)
-    axes = figure.add_axes(Panel(figure, PLACE))
-    draw_pixels(axes, values, box, **how)
-    return framed(figure, axes)
+    axes = figure.add_axes(Panel(figure, POSITION))
+    draw_pixels(axes, values, box, **options)
+    return rendered_axes(figure, axes)
 
 
-def framed(figure: Figure, axes: object) -> np.ndarray:
+def rendered_axes(figure: Figure, axes: object) -> np.ndarray:
     axes.set(xlim=(0, 80), ylim=(60, 0), facecolor="0.9")
     axes.xaxis.set_visible(False)
     axes.yaxis.set_visible(False)
@@ -62,31 +62,29 @@ def framed(figure: Figure, axes: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("box", [(0, 0, 80, 60), (-20, -9.5, 71.3, 60), (10, 12, 70, 90)], ids=str)
-def test_a_picture_lies_where_matplotlib_lays_it(box: tuple[float, ...]) -> None:
+def test_images_are_drawn_as_by_matplotlib(box: tuple[float, ...]) -> None:
     ours, theirs = by_us(SMALL, box), by_matplotlib(SMALL, box)
     assert np.abs(ours - theirs).mean() < 1.5
-    assert np.abs(by_us(SMALL[:, ::-1], box) - theirs).mean() > 10  # the comparison sees another picture
+    assert np.abs(by_us(SMALL[:, ::-1], box) - theirs).mean() > 10  # another image differs
 
 
 @pytest.mark.parametrize("box", [(0, 0, 80, 60), (-20, -9.5, 71.3, 60), (10, 12, 70, 90)], ids=str)
-def test_cells_lie_where_matplotlib_lays_them(box: tuple[float, ...]) -> None:
+def test_cells_are_drawn_as_by_matplotlib(box: tuple[float, ...]) -> None:
     cells = rng.random((7, 9))
-    how = {"cmap": "viridis", "alpha": 0.1 + 0.75 * cells, "norm": Normalize(0, 1)}
-    ours, theirs = by_us(cells, box, **how), by_matplotlib(cells, box, interpolation="nearest", **how)
+    options = {"cmap": "viridis", "alpha": 0.1 + 0.75 * cells, "norm": Normalize(0, 1)}
+    ours, theirs = by_us(cells, box, **options), by_matplotlib(cells, box, interpolation="nearest", **options)
     assert (np.abs(ours - theirs).max(-1) > 3).mean() < 0.015  # an edge may fall on the next pixel
-    assert (np.abs(by_us(cells, (0, 0, 60, 60), **how) - theirs).max(-1) > 3).mean() > 0.1
+    assert (np.abs(by_us(cells, (0, 0, 60, 60), **options) - theirs).max(-1) > 3).mean() > 0.1
 
 
-def test_what_lies_beyond_the_axes_is_not_drawn() -> None:
+def test_images_beyond_the_axes_are_not_drawn() -> None:
     assert (by_us(SMALL, (100, 0, 180, 60)) == by_us(SMALL, (0, 70, 80, 90))).all()
 
 
-@pytest.mark.skipif(
-    matplotlib.__version_info__ < (3, 10), reason="an older matplotlib makes ticks all the same"
-)
-def test_panels_have_no_ticks_to_make_or_measure() -> None:
+@pytest.mark.skipif(matplotlib.__version_info__ < (3, 10), reason="older versions always create ticks")
+def test_panels_never_create_ticks() -> None:
     figure = Figure()
-    axes = figure.add_axes(Panel(figure, PLACE))
+    axes = figure.add_axes(Panel(figure, POSITION))
     pixels_of(figure)
     for axis in (axes.xaxis, axes.yaxis):
         assert "majorTicks" not in vars(axis) and "minorTicks" not in vars(axis)
@@ -101,8 +99,8 @@ def panel(size: tuple[int, int], predicted: Box, truth: Box | None, text: str = 
     )
 
 
-def test_boxes_of_images_of_all_shapes_stand_at_their_pixels(tmp_path: Path) -> None:
-    """A small copy of the image is drawn under boxes in the original's pixels."""
+def test_boxes_are_drawn_in_the_pixels_of_the_original(tmp_path: Path) -> None:
+    """Over a shrunk copy of images of all shapes."""
     panels = [
         panel((640, 480), (64, 48, 320, 240), (0, 0, 640, 480)),
         panel((100, 900), (0, 0, 50, 900), None, "a very long expression of some thing " * 40),
@@ -119,7 +117,7 @@ def test_boxes_of_images_of_all_shapes_stand_at_their_pixels(tmp_path: Path) -> 
     assert titles[0] == "IoU 0.10 the dog" and titles[1].endswith("…") and "\n" not in "".join(titles)
 
 
-def test_titles_of_a_full_sheet_do_not_touch() -> None:
+def test_titles_of_a_full_sheet_do_not_overlap() -> None:
     panels = [panel((640, 480), (64, 48, 320, 240), (0, 0, 640, 480), "the dog with the long tail " * 5)] * 16
     figure = plot_boxes(panels, title="worst")
     renderer = RendererAgg(*(int(side * 200) for side in figure.get_size_inches()), 200)

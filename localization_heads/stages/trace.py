@@ -69,7 +69,7 @@ def trace(run: Run) -> TraceResult:
         log.warning("grounding.contrast is ignored: no other expressions are asked along with an answer")
     is_single = bool(run.options.image_file or run.options.query)
     entries = _single_entry(run) if is_single else load_entries(run)
-    traces: list[Trace] = []
+    last_trace: Trace | None = None
     answers: dict[str, tuple[str, str] | None] = {}
     paths: list[Path] = []
 
@@ -83,11 +83,12 @@ def trace(run: Run) -> TraceResult:
         return True
 
     def save(traced: Sequence[_TracedEntry]) -> None:
+        nonlocal last_trace
         for entry in traced:
             with entries.skip_on_error(entry.sample, WorkError):
                 paths.extend(_write(entry.page, entry.trace, entry.image, page_of(entry.sample)))
                 answers[entry.sample.id] = entry.trace.query, entry.trace.answer
-                traces[:] = [entry.trace]
+                last_trace = entry.trace
 
     with RunLock(run.folder):
         writable_folder(run.attention_folder)  # fails now, not after the model has run
@@ -107,7 +108,7 @@ def trace(run: Run) -> TraceResult:
     if not answers:
         raise NothingDoneError("no entry could be used", entries.sorted_failures())
     in_order = {sample.id: answers[sample.id] for sample in entries.samples if sample.id in answers}
-    return TraceResult(traces[0] if is_single else None, in_order, paths, entries.sorted_failures())
+    return TraceResult(last_trace if is_single else None, in_order, paths, entries.sorted_failures())
 
 
 def _single_entry(run: Run) -> Entries:
