@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -171,3 +173,6 @@ def browser() -> Iterator[Browser]:
             process.kill()
             process.wait()
             os.close(reader)
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")

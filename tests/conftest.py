@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 import numpy as np
 import pytest
 import torch
+from chromium import Browser, browser
 from front import Calls, Front, fronts
 from hypothesis import HealthCheck, settings
 from PIL import Image
@@ -95,3 +96,9 @@ def endless() -> Iterator[Any]:
     yield never_end
     for config, tokens in changed:
         config.eos_token_id = tokens
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as page:
+        yield page

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from base64 import b64decode
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from chromium import CHROMIUM, Browser, browser
+from chromium import Browser, needs_chromium
 from front import Front, draw_image, write_data
 from PIL import Image
 from report_samples import HOSTILE
@@ -28,7 +27,6 @@ from localization_heads.report.content import embedded
 from localization_heads.report.trace import ATTEMPTS, MAX_BYTES, render_trace
 from localization_heads.report.values import single_line
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 IMAGE = ("image_file=cat.png", "query=what is it?")
 SIZE = 80, 60
 SHARP = GroundingOptions(sigma=0)
@@ -233,12 +231,6 @@ def test_wrong_use_ends_with_one_line(front: Front, options: list[str], message:
 
 
 # -------------------------------------------------------------------------------------------------- a browser
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as page:
-        yield page
 
 
 @needs_chromium
