@@ -51,12 +51,12 @@ class Part(NamedTuple):
     grid: NDArray[np.float32] | None
 
 
-def render_trace(trace: Trace, image: Image.Image | None, made_of: str = "") -> str:
+def render_trace(trace: Trace, image: Image.Image | None, digest: str = "") -> str:
     """The HTML of the page. No text of the trace can become markup or script.
 
     Args:
         image: the image that was asked about; None shows the maps on grey.
-        made_of: a digest of what the page was made from, stored in it.
+        digest: a digest of what the page was made from, stored in it.
     """
     style, script = asset("report.css") + asset("trace.css"), asset("common.js") + asset("trace.js")
     parts = list(_parts(trace))
@@ -69,7 +69,7 @@ def render_trace(trace: Trace, image: Image.Image | None, made_of: str = "") -> 
             heads=[str(head) for head in trace.heads],
             picture="" if image is None else embedded(image, "jpeg", ATTEMPTS, MAX_BYTES),
             data=_data(trace, parts),
-            made_of=made_of,
+            digest=digest,
             policy=policy_of(style, script),
             style=style,
             script=script,

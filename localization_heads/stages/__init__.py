@@ -1,1 +1,1 @@
-"""A function a stage: thin shells that read like the section of the paper that they carry out."""
+"""One function per stage: thin shells that read like the section of the paper that they carry out."""
