@@ -99,7 +99,7 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def encode_mask_source(source: MaskSource, size: tuple[int, int]) -> dict[str, Any]:
-    """`encode_mask` for any mask that `read_mask` accepts. Polygons are encoded without being rasterised."""
+    """`encode_mask` for any mask that `read_mask` accepts. Polygons become RLE without an array in between."""
     if isinstance(source, np.ndarray | Path | Mapping) or _is_mask_list(source):
         return encode_mask(read_mask(source, size))
     if size[0] * size[1] > MAX_PIXELS:
