@@ -145,13 +145,13 @@ class AttentionMaps:
         """The maps of another image of the prompt; self for `image_index`, and for None."""
         if index == self.image_index or index is None:
             return self
-        one = self.images[index]
+        other_image = self.images[index]
         return replace(
             self,
-            attention=one.attention,
-            answer=one.answer,
-            image_box=one.image_box,
-            image_size=one.image_size,
+            attention=other_image.attention,
+            answer=other_image.answer,
+            image_box=other_image.image_box,
+            image_size=other_image.image_size,
             others=tuple(other.at(index) for other in self.others),
             image_index=index,
         )
@@ -167,7 +167,7 @@ class AttentionMaps:
 
         answer = None if self.answer is None else picked(self.answer)
         chosen = tuple((int(layer), int(number)) for layer, number in heads)
-        images = tuple(one.only(heads) for one in self.images)
+        images = tuple(maps.only(heads) for maps in self.images)
         return replace(self, attention=picked(self.attention), answer=answer, heads=chosen, images=images)
 
     def places(self, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

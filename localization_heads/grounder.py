@@ -113,8 +113,10 @@ class Grounder:
         if maps.images:
             return self._ground_several_images(maps, image, statistics)[0]
         image = None if image is None else image_at(image, None)
-        found = apply_second_look(ground_maps(maps, self.heads_of(maps, statistics), self.options), second)
-        return self.with_confidence(maps, self.refine(found, image, _entry_name(maps)), found.box)
+        grounding = ground_maps(maps, self.heads_of(maps, statistics), self.options)
+        grounding = apply_second_look(grounding, second)
+        refined = self.refine(grounding, image, _entry_name(maps))
+        return self.with_confidence(maps, refined, grounding.box)
 
     def ground_all(
         self, maps: AttentionMaps, image: PromptImages | None, statistics: HeadStatistics | None = None
@@ -133,14 +135,17 @@ class Grounder:
         if self.proposes and isinstance(self.segmenter, Proposer) and image is not None:
             masks = checked_proposals(self.segmenter, image)
             proposed = select_proposals(components[0], masks, self.segmenter.name, self.least_mass)
-        covered = np.any([one.cells for one in proposed], axis=0) if proposed else False
-        rest = [one for one in components if not (one.cells & covered).any()]
-        found = [self.with_confidence(maps, one, box_of_cells(one)) for one in proposed]
-        found += [
-            self.with_confidence(maps, self.refine(one, image, _entry_name(maps)), one.box) for one in rest
+        covered = np.any([grounding.cells for grounding in proposed], axis=0) if proposed else False
+        rest = [component for component in components if not (component.cells & covered).any()]
+        groundings = [
+            self.with_confidence(maps, grounding, box_of_cells(grounding)) for grounding in proposed
         ]
-        found.sort(key=lambda one: -one.score)
-        return [found[index] for index in non_maximum_suppression([one.box for one in found])]
+        for component in rest:
+            refined = self.refine(component, image, _entry_name(maps))
+            groundings.append(self.with_confidence(maps, refined, component.box))
+        groundings.sort(key=lambda grounding: -grounding.score)
+        kept = non_maximum_suppression([grounding.box for grounding in groundings])
+        return [groundings[index] for index in kept]
 
     def _ground_several_images(
         self,
@@ -168,15 +173,16 @@ class Grounder:
             image = None if images is None else image_at(images, index)
             chosen = self.each_image or index == best
             if all_objects and index == best:
-                found = of_one_image.ground_all(own_maps, image)
+                groundings = of_one_image.ground_all(own_maps, image)
             elif chosen:
-                found = [of_one_image.ground(own_maps, image)]
+                groundings = [of_one_image.ground(own_maps, image)]
             else:
-                found = [ground_maps(own_maps, heads, self.options)]
+                groundings = [ground_maps(own_maps, heads, self.options)]
             facts: dict[str, Any] = {"image_index": index, "image_share": float(share), "chosen": chosen}
-            per_image.append([replace(one, **facts) for one in found])
-        firsts = [found[0] for found in per_image]
-        return [replace(one, each=(*firsts[:best], one, *firsts[best + 1 :])) for one in per_image[best]]
+            per_image.append([replace(grounding, **facts) for grounding in groundings])
+        firsts = [groundings[0] for groundings in per_image]
+        before, after = firsts[:best], firsts[best + 1 :]
+        return [replace(grounding, each=(*before, grounding, *after)) for grounding in per_image[best]]
 
     def heads_of(self, maps: AttentionMaps, statistics: HeadStatistics | None = None) -> list[Head]:
         """The heads that ground one sample. Arguments and errors as of `ground`.
@@ -266,12 +272,12 @@ def make_segmenter(options: SegmenterOptions) -> Segmenter | None:
 
 
 def choose_calibration(
-    wanted: str, folder: Path, recipe: Mapping[str, Any], note: Callable[[str], None]
+    choice: str, folder: Path, recipe: Mapping[str, Any], note: Callable[[str], None]
 ) -> Calibration | None:
     """The calibration that `calibration=` asks for; None if there is none.
 
     Args:
-        wanted: `auto`, `none` or the path of a calibration.json.
+        choice: `auto`, `none` or the path of a calibration.json.
         folder: of the model's results; `auto` takes the calibration.json in it if it fits.
         recipe: `Grounder.recipe` of this run.
         note: called with the reason if `auto` rejects the one in the folder.
@@ -279,16 +285,16 @@ def choose_calibration(
     Raises:
         UsageError: a path was given, and the file cannot be read or does not fit.
     """
-    if wanted == "none":
+    if choice == "none":
         return None
-    path = folder / CALIBRATION if wanted == "auto" else Path(wanted)
-    if wanted == "auto" and not path.is_file():
+    path = folder / CALIBRATION if choice == "auto" else Path(choice)
+    if choice == "auto" and not path.is_file():
         return None
     try:
         calibration = load_calibration(path)
         calibration.check(recipe, path)
     except UsageError as error:
-        if wanted != "auto":
+        if choice != "auto":
             raise
         note(f"the confidence is not calibrated: {error}")
         return None

@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 
 def choose_heads(
-    wanted: Any, k: int, model: str, folder: Path, ready: ReadyHeads | None = None
+    choice: Any, k: int, model: str, folder: Path, ready: ReadyHeads | None = None
 ) -> tuple[Head, ...] | None:
     """The heads that `heads=` asks for, best first, or None if each sample has to pick its own.
 
     Args:
-        wanted: `auto`, `greedy`, a list of names, a heads.json, a ready list or a hub repository.
+        choice: `auto`, `greedy`, a list of names, a heads.json, a ready list or a hub repository.
         model: whose heads they are.
         folder: of that model's results, with its heads.json.
         ready: the ready list that fits the model and its prompt, for `auto`.
@@ -31,10 +31,10 @@ def choose_heads(
     Raises:
         UsageError: a file or a name that cannot be used.
     """
-    if wanted == "greedy":
+    if choice == "greedy":
         return None
-    if wanted != "auto":
-        return resolve_heads(wanted, k)
+    if choice != "auto":
+        return resolve_heads(choice, k)
     known = known_heads(model, folder, k, ready)
     if not known:
         log.warning("no heads are known for %s: each sample picks its own", model)
@@ -103,30 +103,30 @@ def resolve_all_heads(value: Any) -> tuple[Head, ...]:
 
 
 def heads_source(
-    wanted: Any, model: str = "", folder: Path | None = None, ready: ReadyHeads = NONE_READY
+    choice: Any, model: str = "", folder: Path | None = None, ready: ReadyHeads = NONE_READY
 ) -> Path | str | None:
     """The heads.json that `heads=` takes its heads from: a path, or a hub repository; None for other heads.
 
     Arguments as of `choose_heads`; those after the first are only needed for `auto`.
     """
-    if isinstance(wanted, str) and wanted.endswith(".json"):
-        return Path(wanted) if is_ranking(wanted) else None
-    if isinstance(wanted, str) and is_repository(wanted):
-        return wanted
-    if wanted != "auto" or folder is None or ready.heads:
+    if isinstance(choice, str) and choice.endswith(".json"):
+        return Path(choice) if is_ranking(choice) else None
+    if isinstance(choice, str) and is_repository(choice):
+        return choice
+    if choice != "auto" or folder is None or ready.heads:
         return None
     return folder / "heads.json" if _own_ranking(model, folder) else None
 
 
 def heads_found_with(
-    wanted: Any, model: str = "", folder: Path | None = None, ready: ReadyHeads = NONE_READY
+    choice: Any, model: str = "", folder: Path | None = None, ready: ReadyHeads = NONE_READY
 ) -> FoundWith | None:
     """How the heads of `heads=` were found; None if that is unknown. Arguments as of `heads_source`."""
-    if (source := heads_source(wanted, model, folder, ready)) is not None:
+    if (source := heads_source(choice, model, folder, ready)) is not None:
         return load_heads(source).found_with
-    if isinstance(wanted, str) and wanted in ready_lists():
-        return ready_lists()[wanted].found_with
-    return ready.of.found_with if wanted == "auto" and ready.of else None
+    if isinstance(choice, str) and choice in ready_lists():
+        return ready_lists()[choice].found_with
+    return ready.of.found_with if choice == "auto" and ready.of else None
 
 
 def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:

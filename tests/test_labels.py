@@ -102,9 +102,7 @@ def test_scores_by_hand() -> None:
     maps = AttentionMaps(attention, (0, 0, 4, 1), (4, 1))
     scores = label_scores(maps, Truth((1, 0, 3, 1)))
     assert scores["mass"][0] == pytest.approx([0.75, 0.25, 0.2])
-    assert scores["pointing"].tolist() == [
-        [1.0, 0.0, 0.0]
-    ]  # in the even map, the first cell is the strongest
+    assert scores["pointing"][0].tolist() == [1.0, 0.0, 0.0]  # of equal cells, the first is the strongest
     # Above their means (.19, .19; the even map nowhere): cells 1, 2; cells 0, 2; none.
     assert scores["iou"][0] == pytest.approx([1.0, 1 / 3, 0.0])
     masked = label_scores(maps, Truth((1, 0, 3, 1), np.array([[False, True, False, False]])))

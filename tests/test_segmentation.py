@@ -471,13 +471,10 @@ class TestGrabCut:
         assert iou(mask, truth) > 0.93
 
     def test_initial_labels_by_hand(self):
+        """The level is 1, halfway between 0 and 2."""
         heat = np.array([[9.0, 9, 9, 9], [9, 0, 2, 9], [9, 1, 0, 9]])
         labels = grabcut.initial_labels(heat, (1, 1, 3, 3))
-        assert labels.tolist() == [
-            [0, 0, 0, 0],
-            [0, 2, 3, 0],
-            [0, 2, 2, 0],
-        ]  # the level is 1, halfway between 0 and 2
+        assert labels.tolist() == [[0, 0, 0, 0], [0, 2, 3, 0], [0, 2, 2, 0]]
 
     def test_only_the_component_with_most_of_the_map_is_kept(self):
         image, truth = disc()

@@ -99,7 +99,7 @@ def single_head_boxes(
 ) -> tuple[Box | None, ...]:
     """The box of each head alone, by the same read-out; None for a head without a positive cell."""
     groundings = (ground_maps(attention, [head], options) for head in grounding.heads)
-    return tuple(one.box if one.cells.any() else None for one in groundings)
+    return tuple(alone.box if alone.cells.any() else None for alone in groundings)
 
 
 def entropy(values: NDArray[np.floating[Any]]) -> float:

@@ -145,7 +145,7 @@ def pairwise_overlaps(
 
     1 for maps that are equal up to scale, 0 for maps without a common cell.
     """
-    roots = np.sqrt(np.stack([normalise(one).ravel() for one in maps]))
+    roots = np.sqrt(np.stack([normalise(values).ravel() for values in maps]))
     return np.asarray(roots @ roots.T)
 
 
@@ -187,7 +187,7 @@ def image_shares(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.
 
     Cells in the padding do not count. Equal shares if there is no attention at all.
     """
-    sums = np.array([_sum_on_image(one, heads) for one in attention.images])
+    sums = np.array([_sum_on_image(maps, heads) for maps in attention.images])
     return sums / sums.sum() if sums.sum() > 0 else np.full(len(sums), 1 / len(sums))
 
 

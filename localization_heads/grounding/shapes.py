@@ -54,10 +54,10 @@ def largest_mass(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> N
     [[False, False, True]]
     """
     labels = label_components(cells)
-    held = np.bincount(labels.ravel(), weights=np.where(cells, mass, 0.0).ravel())
-    held[0] = 0.0
+    masses = np.bincount(labels.ravel(), weights=np.where(cells, mass, 0.0).ravel())
+    masses[0] = 0.0
     # As in `largest_hull`, rounding must not decide a tie.
-    return np.asarray((labels == np.argmax(held >= held.max() * (1 - 1e-9))) & cells)
+    return np.asarray((labels == np.argmax(masses >= masses.max() * (1 - 1e-9))) & cells)
 
 
 def containing_peak(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:

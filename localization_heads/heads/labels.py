@@ -299,13 +299,15 @@ def quality_curve(
             break
         orders = [recipe.rank(means, label_free, count) for means in mean_scores(scores, draws)]
         held_out_quality = mean_scores(quality, held_out)
-        found = [quality_of(order, values) for order, values in zip(orders, held_out_quality, strict=True)]
-        points.append((count, found, _mean_shared([order[: recipe.k] for order in orders])))
+        qualities = [
+            quality_of(order, values) for order, values in zip(orders, held_out_quality, strict=True)
+        ]
+        points.append((count, qualities, _mean_shared([order[: recipe.k] for order in orders])))
     heads = _label_free_order(label_free)
     by_all_labels = rank_by_score(mean_scores(scores, all_samples)[0], label_free)
     return QualityCurve(
         counts=[count for count, _, _ in points],
-        quality=[found for _, found, _ in points],
+        quality=[qualities for _, qualities, _ in points],
         shared=[share for _, _, share in points],
         label_free=quality_of(heads, mean_quality),
         all_heads=float(np.mean([mean_quality[head] for head in heads])),

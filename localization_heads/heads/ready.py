@@ -215,14 +215,14 @@ def choose_ready(
         UsageError: a name that no list has.
     """
     lists = [ready_list(name) for name in names]
-    if own and all(one.heads != tuple(own) for one in lists):
+    if own and all(candidate.heads != tuple(own) for candidate in lists):
         return ReadyHeads(tuple(own))
     why_not: list[str] = []
-    for one in lists:
-        mismatch = one.describe_mismatch(conv_mode, query_token)
+    for candidate in lists:
+        mismatch = candidate.describe_mismatch(conv_mode, query_token)
         if mismatch is None:
-            return ReadyHeads(one.heads, one, tuple(why_not))
-        why_not.append(f"{one} was {mismatch}")
+            return ReadyHeads(candidate.heads, candidate, tuple(why_not))
+        why_not.append(f"{candidate} was {mismatch}")
     return ReadyHeads(why_not=tuple(why_not))
 
 

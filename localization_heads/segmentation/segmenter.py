@@ -186,8 +186,8 @@ def checked_proposals(segmenter: Proposer, image: Image.Image) -> NDArray[np.boo
     """`Proposer.propose`, checked: ArgumentError, naming the segmenter, if a user's segmenter returns no masks."""
     masks = np.asarray(segmenter.propose(image))
     if masks.ndim != 3 or masks.dtype != bool:
-        found = f"{masks.dtype} {list(masks.shape)}"
-        raise ArgumentError(f"segmenter={segmenter.name}: it must propose bool masks [n, h, w], not {found}")
+        actual = f"{masks.dtype} {list(masks.shape)}"
+        raise ArgumentError(f"segmenter={segmenter.name}: it must propose bool masks [n, h, w], not {actual}")
     return masks
 
 
