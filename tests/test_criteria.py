@@ -205,7 +205,7 @@ class TestBinarise:
         st.sampled_from([np.float16, np.float32, np.float64]),
         hnp.array_shapes(min_dims=2, max_dims=2, max_side=40),
     )
-    def test_a_constant_map_has_no_active_cell(self, value, dtype, shape):
+    def test_a_constant_map_has_no_positive_cell(self, value, dtype, shape):
         constant = np.full(shape, np.clip(value, 0, np.finfo(dtype).max).astype(dtype))
         assert not binarise(constant).any()
         assert spatial_entropy(constant) == np.inf
