@@ -61,7 +61,7 @@ class Study:
         num_masks: how many samples have a ground-truth mask; the IoUs of the others are with their box.
         given_heads: localization heads named by the user; None uses those found here.
         segmenter: the segmenter that makes the masks of Tab. 1 to 3.
-        sensitivity: means over the samples, with `criteria=robust`; its ranking is then the study's.
+        sensitivity: means over the samples; with `criteria=robust` the heads are ranked by them.
     """
 
     model: str
@@ -84,7 +84,7 @@ class Study:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(layers, heads a layer)`."""
+        """`(layers, heads per layer)`."""
         return self.sums.shape[1], self.sums.shape[2]
 
     @cached_property

@@ -59,19 +59,19 @@ def plot_attention_sums(
     with paper_style():
         figure = new_figure(COLUMN_WIDTH, 2.5)
         axes = figure.add_subplot()
-        place = np.arange(1, len(curve) + 1)
-        axes.plot(place, curve, color=GREY, zorder=2)
+        ranks = np.arange(1, len(curve) + 1)
+        axes.plot(ranks, curve, color=GREY, zorder=2)
         tooltips = np.array([f"{head}: S = {sums[head]:.3f}" for head in considered], dtype=object)
         for group, colour, size, rim in ((~is_kept, GREY, 4, 0), (is_kept, BLUE, 5, 1.5)):
             dots = axes.scatter(
-                place[group], curve[group], s=size, color=colour, linewidths=rim, zorder=3, clip_on=False
+                ranks[group], curve[group], s=size, color=colour, linewidths=rim, zorder=3, clip_on=False
             )
             set_tooltips(dots, tooltips[group])
         which = f"Heads of layers {exclude_layers} and up" if exclude_layers else "Heads"
         axes.set_xlabel(f"{which}, in ascending order")
         axes.set_ylabel("Average attention sum S")
         if len(curve):
-            axes.plot(place[[0, -1]], curve[[0, -1]], color=GREY, linewidth=0.6, linestyle=":", zorder=1)
+            axes.plot(ranks[[0, -1]], curve[[0, -1]], color=GREY, linewidth=0.6, linestyle=":", zorder=1)
             axes.set_xlim(0, len(curve) * 1.03 + 0.5)
             axes.set_ylim(*axis_limits(curve if tau is None else [*curve, tau]))
             axes.set_title(f"{is_kept.sum()} of {len(curve)} heads kept", loc="left", color=BLUE)
@@ -137,14 +137,14 @@ def _name_heads(
         return (mark[1] - left) / (right - left) - 0.5
 
     for mark in sorted(marks[:MAX_NAMES], key=lambda mark: -abs(offset(mark))):
-        head, place, value = mark
+        head, rank, value = mark
         (diamond,) = axes.plot(
-            [place], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6
+            [rank], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6
         )
         set_tooltips(diamond, [f"{head}: S = {value:.3f}"])
         axes.annotate(
             str(head),
-            (place, value),
+            (rank, value),
             xytext=(0.5, height),
             textcoords="axes fraction",
             ha="center",

@@ -22,6 +22,8 @@ _ABLATION_LINES = {
 }
 _MAX_PANELS = 3
 """Measures that are drawn; `ablation.json` has all."""
+_QUALITY_LABELS = {"mass": "Attention mass in the truth", "vrh": "Box tokens' attention on the truth"}
+_MAX_MARK_AREA, _MIN_MARK_AREA = 70.0, 10.0  # points squared, of the fullest and of an almost empty bin
 
 
 def plot_ablation(numbers: Mapping[str, Any], change: str, path: str | Path | None = None) -> Figure:
@@ -106,16 +108,10 @@ def plot_label_curve(labels: Mapping[str, Any], path: str | Path | None = None) 
         return save(figure, path)
 
 
-_QUALITY_LABELS = {"mass": "Attention mass in the truth", "vrh": "Box tokens' attention on the truth"}
-
-
 def _draw_label_curve(axes: Axes, curve: Mapping[str, Any], colour: str, label: str) -> None:
     mean, std = np.array(curve["mean"]), np.array(curve["std"])
     axes.fill_between(curve["counts"], mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     axes.plot(curve["counts"], mean, color=colour, marker="o", markersize=3.5, label=label, zorder=3)
-
-
-_MAX_MARK_AREA, _MIN_MARK_AREA = 70.0, 10.0  # points squared, of the fullest and of an almost empty bin
 
 
 def plot_confidence(trust: Mapping[str, Any], path: str | Path | None = None) -> Figure:

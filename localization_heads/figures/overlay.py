@@ -36,11 +36,16 @@ from localization_heads.lvlm.families.geometry import View
 
 ImageLike = Image.Image | NDArray[np.uint8]
 """An RGB image; as an array `[H, W, 3]`, 0 to 255."""
-
 MAX_SIDE = 1200  # pixels: heat maps and masks are drawn no larger
 BOX_WIDTH = 1.7  # points
 _DASH = 4.0  # line widths: the dashes of boxes that coincide
 BLACK_RIM = [withStroke(linewidth=2.6, foreground="black")]
+FAINT_OPACITY = 0.25
+"""The opacity of a map with almost no attention, relative to other maps."""
+_BOX_PANEL_AREA = 5.2  # square inches: four panels per row
+_BOX_TITLE_SIZE = 8.0  # points
+_CELLS_AREA = 14.0  # square inches, of one panel or of two together
+_GRID_LINE_WIDTH = 0.7  # points
 
 
 def shrink_to_panel(image: ImageLike | None, inches: float) -> Image.Image | None:
@@ -104,10 +109,6 @@ def draw_map(
     return draw_cells(axes, share, box, cmap=COLOUR_MAP, norm=Normalize(0, 1), alpha=alpha)
 
 
-FAINT_OPACITY = 0.25
-"""The opacity of a map with almost no attention, relative to other maps."""
-
-
 def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
     """The opacity of a map over the image, from 0 to 1, for each value as a share of the maximum."""
     return np.asarray(0.1 + 0.75 * share)
@@ -169,10 +170,6 @@ def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
     outline.set(path_effects=BLACK_RIM)
 
 
-_BOX_PANEL_AREA = 5.2  # square inches: four panels per row
-_BOX_TITLE_SIZE = 8.0  # points
-
-
 @dataclass(frozen=True)
 class BoxPanel:
     """One panel of `plot_boxes`.
@@ -208,10 +205,6 @@ def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, ti
             label = wrap(f"IoU {panel.iou:.2f}  {panel.text}", size[0] - 0.05, _BOX_TITLE_SIZE, max_lines=1)
             axes.set_title(label, fontsize=_BOX_TITLE_SIZE, **user_text_style(label))
         return save(figure, path)
-
-
-_CELLS_AREA = 14.0  # square inches, of one panel or of two together
-_GRID_LINE_WIDTH = 0.7  # points
 
 
 def plot_cells(

@@ -54,6 +54,15 @@ if TYPE_CHECKING:
 
 MIN_ATTENTION_SUM = 0.005
 """Lower attention sums are printed as 0.00."""
+_MIN_LARGE_SIDE = 2 * MAX_SIDE
+"""Pixels of a side from which on a figure shows at most half of an image's resolution."""
+_MIN_VISIBLE_SHARE = 0.1
+"""Share of a side below which the content of a box is hidden by its own edges."""
+_HUES = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW)
+_SHADES = ((0.0, 0.0), (0.45, 1.0), (0.45, 0.0), (0.7, 1.0), (0.65, 0.0))
+"""How much of white (1) or black (0) is mixed into the hues, each time that they repeat."""
+_MAX_LABELLED = 6
+_MIN_LABELLED_SHARE = 0.02  # a smaller component is a cell or two, which a number would hide
 
 
 def plot_top_maps(
@@ -227,17 +236,6 @@ def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[n
         ((np.arange(n) + 0.5) / share).astype(int) for n, share in zip(drawn[::-1], scale[::-1], strict=True)
     )
     return heat, grounding.refined[np.ix_(rows, columns)]
-
-
-_MIN_LARGE_SIDE = 2 * MAX_SIDE
-"""Pixels of a side from which on a figure shows at most half of an image's resolution."""
-_MIN_VISIBLE_SHARE = 0.1
-"""Share of a side below which the content of a box is hidden by its own edges."""
-_HUES = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW)
-_SHADES = ((0.0, 0.0), (0.45, 1.0), (0.45, 0.0), (0.7, 1.0), (0.65, 0.0))
-"""How much of white (1) or black (0) is mixed into the hues, each time that they repeat."""
-_MAX_LABELLED = 6
-_MIN_LABELLED_SHARE = 0.02  # a smaller component is a cell or two, which a number would hide
 
 
 def plot_components(

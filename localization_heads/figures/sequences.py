@@ -47,6 +47,10 @@ _LEGEND_ABOVE: dict[str, Any] = {
     "fontsize": 7,
     "borderaxespad": 0.1,
 }
+MAX_WORDS = 24
+"""Panels of the figure; the HTML page has all words."""
+_PANEL_AREA = 2.4  # square inches
+_WORD_SIZE = 9.0  # points
 
 
 def draw_prediction(image: Image.Image, prediction: Prediction) -> NDArray[np.uint8]:
@@ -146,12 +150,6 @@ def _draw_scores(axes: Axes, time: NDArray[np.float64], predictions: Sequence[Pr
     axes.set_ylim(0, 1)
     axes.set_xlabel("time (s)")
     axes.legend(**_LEGEND_ABOVE)
-
-
-MAX_WORDS = 24
-"""Panels of the figure; the HTML page has all words."""
-_PANEL_AREA = 2.4  # square inches
-_WORD_SIZE = 9.0  # points
 
 
 def plot_trace(image: ImageLike | None, trace: Trace, path: str | Path | None = None) -> Figure:

@@ -40,6 +40,8 @@ _MASK_OPACITY = 0.35
 _LABEL_SIZE = 10.0  # points
 _DIGIT_WIDTH, _LABEL_HEIGHT = 0.11, 0.19  # inches, with the gap around them
 _LINE_TOLERANCE = 0.03  # inches: closer lines count as coinciding
+_MAX_PER_SIDE = 40  # positions tried along a side
+_NUM_RINGS = 7  # of positions around a box
 
 
 @dataclass(frozen=True)
@@ -216,10 +218,6 @@ def place_labels(
         x, y = next(free, corner)
         placed.append((x, y, x + w, y + h))
     return [(x, y) for x, y, _, _ in placed]
-
-
-_MAX_PER_SIDE = 40  # positions tried along a side
-_NUM_RINGS = 7  # of positions around a box
 
 
 def _candidate_positions(box: Box, w: float, h: float) -> Iterator[tuple[float, float]]:

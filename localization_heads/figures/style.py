@@ -20,56 +20,42 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.font_manager import FontEntry, FontProperties
 from numpy.typing import NDArray
 
+# The palette of Okabe and Ito, which is safe for the common forms of colour blindness.
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#8C8C8C"
+COLOUR_MAP = "viridis"
+TITLE_SIZE = 10.0  # points
+DPI = 200
 FONT = "DejaVu Sans"
 """Comes with matplotlib; has Latin, Greek, Cyrillic, Arabic and most signs, but no CJK and no Devanagari."""
 _TOFU = "\N{WHITE SQUARE}"
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titley": 1.0,  # saves measuring the ticks to find this position
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "figure.constrained_layout.h_pad": 0.03,
+    "figure.constrained_layout.w_pad": 0.03,
+    "pdf.fonttype": 42,  # conferences refuse the Type 3 fonts that matplotlib embeds by default
+}
+# rcParams are global to the process, so threads draw one figure at a time.
+style_lock = threading.RLock()
 
 
-@lru_cache(maxsize=1)
-def _fonts() -> tuple[tuple[str, ...], NDArray[np.int16]]:
-    """The names of the installed fonts, and `[code point]`: the index of the first that has a glyph for it, or -1.
-
-    Opens every installed font, once, when a text first contains a character that `FONT` lacks.
-    """
-    names: list[str] = []
-    first = np.full(0x110000, -1, dtype=np.int16)
-    for entry in sorted(font_manager.fontManager.ttflist, key=_font_preference):
-        if entry.name in names or entry.name.startswith((".", "Last")):
-            continue  # the fallback fonts of macOS have a box for every code point
-        try:
-            codes = np.array(list(font_manager.get_font(entry.fname).get_charmap()), dtype=np.int64)
-        except (OSError, RuntimeError):  # deleted or corrupt
-            continue
-        first[codes[first[codes] < 0]] = len(names)
-        names.append(entry.name)
-    return tuple(names), first
-
-
-def _font_preference(entry: FontEntry) -> tuple[bool, bool, bool, bool, str]:
-    """Sort key of fonts for a character that several have: `FONT`, then regular sans-serif fonts."""
-    regular = entry.style == "normal" and entry.weight in (400, "normal", "regular")
-    return entry.name != FONT, not regular, "Sans" not in entry.name, "Mono" in entry.name, entry.name
-
-
-@lru_cache(maxsize=1)
-def _default_code_points() -> frozenset[int]:
-    """The code points that `FONT` has."""
-    path = font_manager.findfont(FontProperties(family=[FONT]))
-    return frozenset(font_manager.get_font(path).get_charmap())
-
-
-def _font_of(character: str) -> str | None:
-    """The font that draws a character; None if no installed font has it."""
-    if ord(character) in _default_code_points():
-        return FONT
-    names, first = _fonts()
-    return names[number] if (number := int(first[ord(character)])) >= 0 else None
-
-
-def font_families(text: str) -> list[str]:
-    """The fonts that draw `text`, in the order of fallback: `FONT`, then others for the characters that it lacks."""
-    fonts = map(_font_of, text)
-    return list(dict.fromkeys([FONT, *(font for font in fonts if font)]))
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """Draw with matplotlib's defaults and our style, ignoring the user's matplotlibrc."""
+    with style_lock, matplotlib.style.context(["default", {**_STYLE, "font.family": [FONT]}]):
+        yield
 
 
 def user_text_style(text: str) -> dict[str, Any]:
@@ -145,38 +131,48 @@ def _can_break(before: str, after: str) -> bool:
     return " " in (before, after) or before == "-" or unicodedata.east_asian_width(before) in "WF"
 
 
-# The palette of Okabe and Ito, which is safe for the common forms of colour blindness.
-ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
-BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-GREY = "#8C8C8C"
-COLOUR_MAP = "viridis"
-TITLE_SIZE = 10.0  # points
-DPI = 200
-
-_STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8.5,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titley": 1.0,  # saves measuring the ticks to find this position
-    "axes.linewidth": 0.7,
-    "lines.linewidth": 1.5,
-    "figure.constrained_layout.h_pad": 0.03,
-    "figure.constrained_layout.w_pad": 0.03,
-    "pdf.fonttype": 42,  # conferences refuse the Type 3 fonts that matplotlib embeds by default
-}
-
-# rcParams are global to the process, so threads draw one figure at a time.
-style_lock = threading.RLock()
+def font_families(text: str) -> list[str]:
+    """The fonts that draw `text`, in the order of fallback: `FONT`, then others for the characters that it lacks."""
+    fonts = map(_font_of, text)
+    return list(dict.fromkeys([FONT, *(font for font in fonts if font)]))
 
 
-@contextmanager
-def paper_style() -> Iterator[None]:
-    """Draw with matplotlib's defaults and our style, ignoring the user's matplotlibrc."""
-    with style_lock, matplotlib.style.context(["default", {**_STYLE, "font.family": [FONT]}]):
-        yield
+def _font_of(character: str) -> str | None:
+    """The font that draws a character; None if no installed font has it."""
+    if ord(character) in _default_code_points():
+        return FONT
+    names, first = _fonts()
+    return names[number] if (number := int(first[ord(character)])) >= 0 else None
+
+
+@lru_cache(maxsize=1)
+def _default_code_points() -> frozenset[int]:
+    """The code points that `FONT` has."""
+    path = font_manager.findfont(FontProperties(family=[FONT]))
+    return frozenset(font_manager.get_font(path).get_charmap())
+
+
+@lru_cache(maxsize=1)
+def _fonts() -> tuple[tuple[str, ...], NDArray[np.int16]]:
+    """The names of the installed fonts, and `[code point]`: the index of the first that has a glyph for it, or -1.
+
+    Opens every installed font, once, when a text first contains a character that `FONT` lacks.
+    """
+    names: list[str] = []
+    first = np.full(0x110000, -1, dtype=np.int16)
+    for entry in sorted(font_manager.fontManager.ttflist, key=_font_preference):
+        if entry.name in names or entry.name.startswith((".", "Last")):
+            continue  # the fallback fonts of macOS have a box for every code point
+        try:
+            codes = np.array(list(font_manager.get_font(entry.fname).get_charmap()), dtype=np.int64)
+        except (OSError, RuntimeError):  # deleted or corrupt
+            continue
+        first[codes[first[codes] < 0]] = len(names)
+        names.append(entry.name)
+    return tuple(names), first
+
+
+def _font_preference(entry: FontEntry) -> tuple[bool, bool, bool, bool, str]:
+    """Sort key of fonts for a character that several have: `FONT`, then regular sans-serif fonts."""
+    regular = entry.style == "normal" and entry.weight in (400, "normal", "regular")
+    return entry.name != FONT, not regular, "Sans" not in entry.name, "Mono" in entry.name, entry.name

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+THUMBNAIL_SIZE = 3.0  # inches
+
+
 def evaluate(run: Run) -> Result:
     """Score every entry with a ground-truth box or mask, next to the controls -> `metrics.json`, the report and more.
 
@@ -257,9 +260,6 @@ def worst_outcomes(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
     scored = (outcome for outcome in outcomes if outcome.measured.get("scores"))
     failed = [outcome for outcome in scored if (outcome.iou or 0.0) < THRESHOLDS[0]]
     return sorted(failed, key=lambda outcome: (outcome.iou or 0.0, outcome.scores[HEADS][0].energy))[:count]
-
-
-THUMBNAIL_SIZE = 3.0  # inches
 
 
 def draw_worst_boxes(run: Run, outcomes: Sequence[Outcome], entries: Entries) -> list[Path]:

@@ -67,6 +67,11 @@ MAP_SCORES = {"mass": "<f4", "iou": "<f4", "pointing": "<f4"}
 """The columns of a store of scores from the query token's map."""
 BOX_SCORES = {"vrh": "<f4"}
 """The column of a store of scores from the tokens of the generated box."""
+QUALITY = {
+    "mass": "mean attention mass in the truth of each of the first {k} heads, on entries not drawn",
+    "vrh": "mean attention of the generated box's tokens on the patches of the true box, of each of the first {k} "
+    "heads, on entries not drawn",
+}
 
 
 class LabelRanking(NamedTuple):
@@ -306,13 +311,6 @@ def _label_recipe(run: Run) -> LabelRecipe:
         n0=options.shrink_n0,
         k=options.k,
     )
-
-
-QUALITY = {
-    "mass": "mean attention mass in the truth of each of the first {k} heads, on entries not drawn",
-    "vrh": "mean attention of the generated box's tokens on the patches of the true box, of each of the first {k} "
-    "heads, on entries not drawn",
-}
 
 
 def _curve_json(curve: QualityCurve) -> dict[str, Any]:
