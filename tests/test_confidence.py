@@ -1,4 +1,4 @@
-"""AUROC, risk-coverage and calibration error by hand, and against the obvious second way."""
+"""AUROC, risk-coverage and calibration error: hand-computed values and plain implementations."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from localization_heads.evaluation.confidence import (
     with_bootstrap_interval,
 )
 
-answers = st.lists(
+answer_lists = st.lists(
     st.tuples(st.integers(0, 10).map(lambda n: n / 10), st.booleans()), min_size=1, max_size=12
 )
 
 
-@given(answers)
-def test_auroc_agrees_with_all_pairs(found):
-    values, right = zip(*found, strict=True)
+@given(answer_lists)
+def test_auroc_agrees_with_counting_pairs(answers):
+    values, right = zip(*answers, strict=True)
     pairs = [
         (values[i] > values[j]) + 0.5 * (values[i] == values[j])
-        for i, j in itertools.product(range(len(found)), repeat=2)
+        for i, j in itertools.product(range(len(answers)), repeat=2)
         if right[i] and not right[j]
     ]
     assert auroc(values, right) == pytest.approx(np.mean(pairs) if pairs else math.nan, nan_ok=True)
 
 
-@given(answers)
-def test_risk_is_the_mean_over_all_orders_of_equal_confidences(found):
-    """Equal confidences in random order: by simulation of the expectation, group by group."""
-    values, right = zip(*found, strict=True)
-    order = sorted(range(len(found)), key=lambda i: -values[i])
+@given(answer_lists)
+def test_risk_is_the_expectation_over_all_orders_of_ties(answers):
+    values, right = zip(*answers, strict=True)
+    order = sorted(range(len(answers)), key=lambda i: -values[i])
     expected, wrong_so_far = [], 0.0
     for i in order:
         group = [j for j in order if values[j] == values[i]]
@@ -51,21 +50,18 @@ def test_risk_is_the_mean_over_all_orders_of_equal_confidences(found):
     assert aurc(values, right) == pytest.approx(np.mean(expected))
 
 
-def test_calibration_by_hand():
+def test_reliability_and_calibration_error_by_hand():
     confidence = [0.95, 0.85, 0.85, 0.15, 1.0, 0.0]
     right = [True, True, False, False, True, True]
     assert reliability(confidence, right) == [(0.0, 1.0, 1), (0.15, 0.0, 1), (0.85, 0.5, 2), (0.975, 1.0, 2)]
     assert calibration_error(confidence, right) == pytest.approx((1 + 0.15 + 2 * 0.35 + 2 * 0.025) / 6)
 
 
-def test_perfect_and_useless():
+def test_perfect_useless_and_undefined():
     assert auroc([3, 2, 1, 0], [True, True, False, False]) == 1.0
     assert auroc([1, 1, 1], [True, False, True]) == 0.5
-    assert (
-        math.isnan(auroc([1, 2], [True, True]))
-        and math.isnan(aurc([], []))
-        and math.isnan(calibration_error([], []))
-    )
+    undefined = auroc([1, 2], [True, True]), aurc([], []), calibration_error([], [])
+    assert all(map(math.isnan, undefined))
 
 
 def test_intervals_resample_whole_images():
@@ -73,8 +69,8 @@ def test_intervals_resample_whole_images():
     value, (low, high) = with_bootstrap_interval(auroc, confidence, right)
     assert low < value == 0.75 < high
     assert with_bootstrap_interval(auroc, confidence, right, groups=["a", "a", "b", "b"] * 10)[1][0] <= 0.75
-    one, interval = with_bootstrap_interval(auroc, confidence, right, groups=["a"] * 40)
-    assert one == 0.75 and all(map(math.isnan, interval))
+    single, interval = with_bootstrap_interval(auroc, confidence, right, groups=["a"] * 40)
+    assert single == 0.75 and all(map(math.isnan, interval))
 
 
 def test_lists_of_different_lengths_are_refused():
@@ -82,8 +78,8 @@ def test_lists_of_different_lengths_are_refused():
         auroc([0.5], [True, False])
 
 
-def test_the_error_that_chance_alone_makes():
-    """Two answers of 0.5 in one bin: both or neither are right half of the time, and then the error is 0.5."""
+def test_the_calibration_error_by_chance():
+    """Of two answers of confidence 0.5, half of the time both or neither are right: an error of 0.5."""
     assert calibration_error_by_chance([0.0, 1.0, 1.0]) == (0.0, (0.0, 0.0))
     assert calibration_error_by_chance([0.5]) == (0.5, (0.5, 0.5))
     mean, bounds = calibration_error_by_chance([0.5, 0.5])

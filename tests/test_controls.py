@@ -1,4 +1,4 @@
-"""The controls: by hand, and against painting every pixel."""
+"""The controls: hand-computed values, and coverage against painting every pixel."""
 
 from __future__ import annotations
 
@@ -36,32 +36,33 @@ def random_maps(seed: int = 0, shape: tuple[int, int, int, int] = (4, 6, 5, 7)) 
 
 class TestRandomHeads:
     @given(st.integers(1, 4), st.integers(1, 6), st.data())
-    def test_layers_and_numbers_are_kept(self, layers: int, width: int, data: st.DataObject) -> None:
-        """And given heads are drawn only where a layer has too few others, in both ways to draw."""
+    def test_each_drawn_head_replaces_one_of_its_layer(
+        self, layers: int, width: int, data: st.DataObject
+    ) -> None:
+        """A given head is drawn only if its layer has too few others."""
         every = [Head(layer, head) for layer in range(layers) for head in range(width)]
         heads = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
         seed = data.draw(st.integers(0, 99))
-        alone = layer_matched(heads, (layers, width), np.random.default_rng(seed))
-        for drawn in (alone, *random_heads(heads, width, seed=seed)):
+        single = layer_matched(heads, (layers, width), np.random.default_rng(seed))
+        for drawn in (single, *random_heads(heads, width, seed=seed)):
             assert [head.layer for head in drawn] == [head.layer for head in heads]
             assert set(drawn) <= set(every)
             assert len(set(drawn)) == len(heads)
             for layer in range(layers):
-                given_here = {head for head in heads if head.layer == layer}
-                others = width - len(given_here)
-                assert len(given_here & set(drawn)) == max(0, len(given_here) - others)
+                in_layer = {head for head in heads if head.layer == layer}
+                others = width - len(in_layer)
+                assert len(in_layer & set(drawn)) == max(0, len(in_layer) - others)
 
     def test_by_hand(self) -> None:
-        """Where only one head of a layer is left there is nothing to draw."""
         drawn = layer_matched([Head(1, 0), Head(0, 1), Head(1, 2)], (2, 3), np.random.default_rng(0))
         assert [head.layer for head in drawn] == [1, 0, 1]
         assert drawn[1] in {Head(0, 0), Head(0, 2)}
-        # Layer 1 has one head besides the given two; the second one has to be one of them.
+        # Layer 1 has one other head, so the second drawn one is a given head.
         assert Head(1, 1) in {drawn[0], drawn[2]}
         assert {drawn[0], drawn[2]} - {Head(1, 1)} <= {Head(1, 0), Head(1, 2)}
         assert random_heads([Head(2, 0)], 1) == [(Head(2, 0),)] * DRAWS
 
-    def test_every_other_head_is_as_likely(self) -> None:
+    def test_all_other_heads_are_equally_likely(self) -> None:
         drawn = random_heads([Head(2, 0), Head(2, 3)], 8, draws=6000)
         counts = Counter(head.head for draw in drawn for head in draw)
         assert set(counts) == {1, 2, 4, 5, 6, 7}
@@ -69,33 +70,31 @@ class TestRandomHeads:
         first = Counter(draw[0].head for draw in drawn)
         assert all(count == pytest.approx(1000, rel=0.15) for count in first.values())
 
-    def test_the_seed_decides(self) -> None:
+    def test_draws_are_deterministic_for_a_seed(self) -> None:
         heads = [Head(2, 0), Head(3, 1), Head(3, 4)]
         assert random_heads(heads, 8, seed=1) == random_heads(heads, 8, seed=1)
         assert random_heads(heads, 8, seed=1) != random_heads(heads, 8, seed=2)
         assert len(random_heads(heads, 8)) == DRAWS
 
     @pytest.mark.parametrize("heads", [[Head(2, 0)], [Head(0, 3)], [Head(0, 0), Head(0, 0)], [Head(-1, 0)]])
-    def test_impossible_heads_are_refused(self, heads: list[Head]) -> None:
+    def test_duplicate_or_nonexistent_heads_are_refused(self, heads: list[Head]) -> None:
         with pytest.raises(ValueError, match="head"):
             layer_matched(heads, (2, 3), np.random.default_rng(0))
 
 
-class TestMeanOfHeads:
+class TestAllHeads:
     def test_by_hand(self) -> None:
         attention = np.arange(12, dtype=np.float32).reshape(3, 2, 1, 2)
         maps = AttentionMaps(attention, (0, 0, 2, 1), (2, 1))
         assert mean_map(maps, 1).attention.tolist() == [[[[7.0, 8.0]]]]  # 4 6 8 10 and 5 7 9 11
         assert mean_map(maps, 2).attention.tolist() == [[[[9.0, 10.0]]]]
 
-    def test_is_the_box_of_all_heads_summed(self) -> None:
-        """The mean of all heads and all heads named as localization heads make the same box."""
+    def test_grounds_as_the_sum_of_all_heads_does(self) -> None:
         maps = random_maps()
-        everyone = [Head(layer, head) for layer in (2, 3) for head in range(6)]
-        found = ground_maps(mean_map(maps, 2), [Head(0, 0)])
-        expected = ground_maps(maps, everyone)
-        assert found.box == expected.box
-        assert found.score == pytest.approx(expected.score)
+        every_head = [Head(layer, head) for layer in (2, 3) for head in range(6)]
+        grounding, expected = ground_maps(mean_map(maps, 2), [Head(0, 0)]), ground_maps(maps, every_head)
+        assert grounding.box == expected.box
+        assert grounding.score == pytest.approx(expected.score)
 
 
 class TestOracle:
@@ -103,9 +102,9 @@ class TestOracle:
         mask = np.zeros((4, 4), bool)
         mask[0, 0] = mask[1, 2:] = mask[2:, 2:] = True
         assert mask_coverage(mask, (0, 0, 4, 4), (2, 2)).tolist() == [[0.25, 0.5], [0, 1]]
-        # cells of 4/3 pixels, of which the first holds the one true pixel
+        # cells 4/3 pixels wide; the one true pixel lies in the first
         assert mask_coverage(mask[:1], (0, 0, 4, 1), (1, 3)).tolist() == [[pytest.approx(0.75), 0, 0]]
-        # half of the grid is padding above the image
+        # the upper half of the grid is padding
         assert mask_coverage(mask, (0, -4, 4, 4), (2, 1)).ravel().tolist() == [0, 7 / 16]
 
     @given(
@@ -114,10 +113,10 @@ class TestOracle:
         st.tuples(st.integers(-5, 5), st.integers(-5, 5)),
         st.tuples(st.integers(1, 5), st.integers(1, 5)),
     )
-    def test_mask_agrees_with_painting(
+    def test_mask_coverage_agrees_with_painting(
         self, seed: int, grid: tuple[int, int], corner: tuple[int, int], cell: tuple[int, int]
     ) -> None:
-        """Cells of thirds of pixels: every pixel is painted as 3 x 3 and counted."""
+        """Cell edges in thirds of a pixel: each pixel is painted as 3 x 3."""
         mask = np.random.default_rng(seed).random((6, 8)) < 0.5
         fine = mask.repeat(3, 0).repeat(3, 1)
         (h, w), (x0, y0), (cw, ch) = grid, corner, cell
@@ -131,7 +130,7 @@ class TestOracle:
         assert mask_coverage(mask, box, grid) == pytest.approx(expected)
 
     @given(st.tuples(st.integers(0, 7), st.integers(0, 5), st.integers(1, 8), st.integers(1, 6)))
-    def test_a_box_is_its_filled_mask(self, edges: tuple[int, int, int, int]) -> None:
+    def test_a_box_covers_what_its_filled_mask_covers(self, edges: tuple[int, int, int, int]) -> None:
         x0, y0, x1, y1 = edges
         if x0 >= x1 or y0 >= y1:
             return
@@ -142,7 +141,7 @@ class TestOracle:
             mask_coverage(mask, frame, (4, 3))
         )
 
-    def test_takes_the_mask_and_else_the_box(self) -> None:
+    def test_uses_the_mask_or_else_the_box(self) -> None:
         maps = random_maps()
         mask = np.zeros((30, 70), bool)
         mask[5:9, 20:60] = True
@@ -152,15 +151,15 @@ class TestOracle:
         by_box = oracle_map(maps, Truth((20.0, 5.0, 60.0, 9.0)))
         assert by_box.attention == pytest.approx(by_mask.attention)
 
-    def test_a_truth_of_whole_cells_comes_back_whole(self) -> None:
-        """On cell borders and without smoothing the ceiling is 1."""
+    def test_a_box_on_cell_borders_is_recovered_exactly(self) -> None:
+        """Without smoothing."""
         maps = random_maps()
         truth = Truth((10.0, 10.0, 40.0, 20.0))
         assert ground_maps(oracle_map(maps, truth), [Head(0, 0)], PLAIN).box == truth.box
 
 
-class TestAllTogether:
-    def test_each_goes_through_the_same_options(self) -> None:
+class TestGroundings:
+    def test_every_control_uses_the_same_options(self) -> None:
         maps, truth, heads = random_maps(), Truth((10.0, 10.0, 40.0, 20.0)), [Head(2, 0), Head(3, 5)]
         options = GroundingOptions(kernel_size=3, sigma=0.7, upsample=2, component="all")
         found = control_groundings(maps, heads, truth, options, exclude_layers=2, seed=9)
@@ -172,7 +171,7 @@ class TestAllTogether:
         assert found["all_heads"][0].box == ground_maps(mean_map(maps, 2), [Head(0, 0)], options).box
         assert found["oracle"][0].box == ground_maps(oracle_map(maps, truth), [Head(0, 0)], options).box
 
-    def test_centre_box_is_a_quarter_in_the_middle(self) -> None:
+    def test_the_centre_box_is_a_centred_quarter(self) -> None:
         x0, y0, x1, y1 = centre_box((101, 60))
         assert ((x0 + x1) / 2, (y0 + y1) / 2) == (50.5, 30)
         assert math.isclose((x1 - x0) * (y1 - y0), 101 * 60 / 4)
