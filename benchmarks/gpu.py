@@ -197,11 +197,11 @@ def _model_seconds(lvlm: LVLM, samples: Sequence[Sample]) -> float:
     spent = 0.0
     for image in images.values():
         encoded = lvlm.encode_image(image)
-        questions = [encoded.question(text) for text in EXPRESSIONS]
+        prompts = [encoded.prepare(text) for text in EXPRESSIONS]
         synchronize()
         start = perf_counter()
         encoded.encode()
-        encoded.answer(questions)
+        encoded.attend_prepared(prompts)
         synchronize()
         spent += perf_counter() - start
     return spent
