@@ -211,7 +211,7 @@ def test_maps_that_the_published_format_cannot_hold_fail_alone(front: Front) -> 
         result = front.finder("stage=batch", "data_file=mixed.jsonl", "report=false", *crop)
         assert result.status == 1
         (failed,) = [line for line in front.lines() if line["error"]]
-        assert failed["id"] == "b" and "attention_format=published takes every image as" in failed["error"]
+        assert failed["id"] == "b" and "attention_format=published assumes images padded" in failed["error"]
         assert json.loads(heads_file(front.out))["num_samples"] == 2
         assert sorted(path.stem for path in (front.out / "attention").glob("?.pkl")) == ["a", "c"]
 
