@@ -48,79 +48,6 @@ from localization_heads.store.files import RunLock, read_json, write_bytes, writ
 
 log = logging.getLogger(__name__)
 
-METRICS_ONLY: dict[str, Any] = {"visualize_batch": False, "controls": False, "report": False, "worst": 0}
-"""The options of a rung, of which only the metrics of its heads are used."""
-
-
-def climb(run: Run) -> Result:
-    """Evaluate one rung -> `ladder/<rung>/metrics.json`, and the table of all rungs so far on the same entries."""
-    rung = run.options.rung
-    if not rung.step:
-        raise UsageError(
-            "rung= is missing: experiment=ladder climbs them all by itself; alone, choose one of those --help lists"
-        )
-    entries = load_entries(run)
-    if run.options.heads == "auto":
-        # The rung's own run names the heads one by one, so it cannot tell which images they were found on.
-        check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
-    rung_run = _rung_run(run)
-    if rung.segmenter == "points" and run.options.segmenter.kind not in SAMS:
-        log.warning("rung=points is left out: segmenter=%s cannot be told points", run.options.segmenter.kind)
-        return Result([], [])
-    # Rungs on other data, or on another range of it, are not part of this ladder.
-    keys = b"".join(sorted(entries.key(sample) for sample in entries.samples))
-    entries_digest = hashlib.sha256(keys).hexdigest()[:16]
-    evaluated = evaluate(rung_run)
-    result = RungResult(rung.step, rung.name, rung.about, evaluated.metrics)
-    write_json(rung_run.folder / "rung.json", {"entries": entries_digest, **result.to_json()})
-    finding = ladder_finding(run.spec.name, _read_rungs(rung_run.folder.parent, entries_digest))
-    paths = [run.folder / "experiments" / f"ladder{suffix}" for suffix in (".json", ".md")]
-    write_json(paths[0], {"experiment": "ladder", "model": run.spec.name, "numbers": finding.numbers})
-    write_bytes(paths[1], finding.markdown().encode())
-    return Result([rung_run.folder / "metrics.json", *paths], evaluated.failures, findings=[finding])
-
-
-def _rung_run(run: Run) -> Run:
-    """The run of one rung, with a folder of its own and with heads that do not depend on that folder.
-
-    Raises:
-        UsageError: `heads=auto` of a model without known heads.
-    """
-    heads = run.options.heads
-    if heads == "auto":
-        if not (known := run.named_heads):
-            raise UsageError(
-                f"heads=auto: no heads are known for {run.spec.name}; find them with stage=find, or name them"
-            )
-        heads = [f"{layer}-{head}" for layer, head in known]
-    segmenter = run.options.segmenter
-    if run.options.rung.segmenter == "none":
-        segmenter = SegmenterOptions(kind="none")
-    elif run.options.rung.segmenter == "points" and segmenter.kind in SAMS:
-        segmenter = replace(segmenter, prompt=tuple(dict.fromkeys([*segmenter.prompt, "points"])))
-    options = replace(
-        run.options,
-        heads=heads,
-        model=replace(run.options.model, label=run.options.rung.name),
-        output_dir=str(run.folder / "ladder"),
-        segmenter=segmenter,
-        **METRICS_ONLY,
-    )
-    return Run(options, run.model_choice, run.overrides)
-
-
-def _read_rungs(folder: Path, entries_digest: str) -> list[RungResult]:
-    """The results of all rungs so far on the entries of that digest, in their order."""
-    rungs = []
-    for path in folder.glob("*/rung.json"):
-        try:
-            data: Mapping[str, Any] = read_json(path, 1 << 20)
-            if data["entries"] == entries_digest:
-                rungs.append(RungResult.from_json(data))
-        except (UsageError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # of an older version, or corrupt: it is replaced when that rung runs again
-    return sorted(rungs, key=lambda rung: (rung.step, rung.name))
-
 
 def experiment(run: Run) -> Result:
     """Run the experiments that `experiment=` names, with one pass of the model -> `experiments/<name>.*`."""
@@ -288,3 +215,77 @@ def _write(run: Run, study: Study, finding: Finding) -> list[Path]:
     if figure and run.options.show_plot:
         figures.show(figure)
     return [json_path, page_path, *([figure_path] if figure else [])]
+
+
+METRICS_ONLY: dict[str, Any] = {"visualize_batch": False, "controls": False, "report": False, "worst": 0}
+"""The options of a rung, of which only the metrics of its heads are used."""
+
+
+def climb(run: Run) -> Result:
+    """Evaluate one rung -> `ladder/<rung>/metrics.json`, and the table of all rungs so far on the same entries."""
+    rung = run.options.rung
+    if not rung.step:
+        raise UsageError(
+            "rung= is missing: experiment=ladder climbs them all by itself; alone, choose one of those --help lists"
+        )
+    entries = load_entries(run)
+    if run.options.heads == "auto":
+        # The rung's own run names the heads one by one, so it cannot tell which images they were found on.
+        check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
+    rung_run = _rung_run(run)
+    if rung.segmenter == "points" and run.options.segmenter.kind not in SAMS:
+        log.warning("rung=points is left out: segmenter=%s cannot be told points", run.options.segmenter.kind)
+        return Result([], [])
+    # Rungs on other data, or on another range of it, are not part of this ladder.
+    keys = b"".join(sorted(entries.key(sample) for sample in entries.samples))
+    entries_digest = hashlib.sha256(keys).hexdigest()[:16]
+    evaluated = evaluate(rung_run)
+    result = RungResult(rung.step, rung.name, rung.about, evaluated.metrics)
+    write_json(rung_run.folder / "rung.json", {"entries": entries_digest, **result.to_json()})
+    finding = ladder_finding(run.spec.name, _read_rungs(rung_run.folder.parent, entries_digest))
+    paths = [run.folder / "experiments" / f"ladder{suffix}" for suffix in (".json", ".md")]
+    write_json(paths[0], {"experiment": "ladder", "model": run.spec.name, "numbers": finding.numbers})
+    write_bytes(paths[1], finding.markdown().encode())
+    return Result([rung_run.folder / "metrics.json", *paths], evaluated.failures, findings=[finding])
+
+
+def _rung_run(run: Run) -> Run:
+    """The run of one rung, with a folder of its own and with heads that do not depend on that folder.
+
+    Raises:
+        UsageError: `heads=auto` of a model without known heads.
+    """
+    heads = run.options.heads
+    if heads == "auto":
+        if not (known := run.named_heads):
+            raise UsageError(
+                f"heads=auto: no heads are known for {run.spec.name}; find them with stage=find, or name them"
+            )
+        heads = [f"{layer}-{head}" for layer, head in known]
+    segmenter = run.options.segmenter
+    if run.options.rung.segmenter == "none":
+        segmenter = SegmenterOptions(kind="none")
+    elif run.options.rung.segmenter == "points" and segmenter.kind in SAMS:
+        segmenter = replace(segmenter, prompt=tuple(dict.fromkeys([*segmenter.prompt, "points"])))
+    options = replace(
+        run.options,
+        heads=heads,
+        model=replace(run.options.model, label=run.options.rung.name),
+        output_dir=str(run.folder / "ladder"),
+        segmenter=segmenter,
+        **METRICS_ONLY,
+    )
+    return Run(options, run.model_choice, run.overrides)
+
+
+def _read_rungs(folder: Path, entries_digest: str) -> list[RungResult]:
+    """The results of all rungs so far on the entries of that digest, in their order."""
+    rungs = []
+    for path in folder.glob("*/rung.json"):
+        try:
+            data: Mapping[str, Any] = read_json(path, 1 << 20)
+            if data["entries"] == entries_digest:
+                rungs.append(RungResult.from_json(data))
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # of an older version, or corrupt: it is replaced when that rung runs again
+    return sorted(rungs, key=lambda rung: (rung.step, rung.name))

@@ -90,14 +90,6 @@ class LabelRanking(NamedTuple):
     label_free: HeadRanking
 
 
-@dataclass(frozen=True)
-class _ScoredSample:
-    sample: Sample
-    statistics: HeadStatistics
-    sensitivity: SensitivityStatistics | None
-    scores: Mapping[str, NDArray[np.float32]]
-
-
 def find_by_labels(run: Run) -> LabelRanking:
     """Rank the heads by labels -> heads.json, heads.csv, labels.json and figures."""
     entries = _select_labelled(run)
@@ -204,6 +196,14 @@ def _scores_header(
 def _score_key(entries: Entries, sample: Sample) -> bytes:
     """A key of 16 bytes for the sample and its ground truth."""
     return hashlib.blake2b(entries.key(sample) + truth_digest([sample]).encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class _ScoredSample:
+    sample: Sample
+    statistics: HeadStatistics
+    sensitivity: SensitivityStatistics | None
+    scores: Mapping[str, NDArray[np.float32]]
 
 
 def _collect_scores(

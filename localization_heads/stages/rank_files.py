@@ -51,85 +51,6 @@ SUFFIXES = (".pkl", ".pkl.gz", ".safetensors")
 MAX_FILES = 1_000_000
 
 
-class _FileFacts(NamedTuple):
-    """The metadata of an attention file, logged as a JSON list so that the file need not be read again."""
-
-    shape: tuple[int, int]
-    grid: tuple[int, int]
-    image_size: tuple[int, int]
-    image_file: str
-    query: str
-    model: str
-    asked: Mapping[str, str | None]
-
-    @classmethod
-    def from_maps(cls, maps: AttentionMaps) -> _FileFacts:
-        shape = maps.num_layers, maps.num_heads
-        return cls(
-            shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model, maps.asked or {}
-        )
-
-    @classmethod
-    def from_log(cls, entry: Mapping[str, Any] | None) -> _FileFacts | None:
-        if entry is None:
-            return None
-        shape, grid, size, *texts = entry["facts"]
-        return cls(tuple(shape), tuple(grid), tuple(size), *texts)
-
-
-class _File(NamedTuple):
-    """An attention file that was read.
-
-    Attributes:
-        position: in the list of all files.
-        key: of its statistics in the store.
-        image: identity of its image: equal for files of one image.
-    """
-
-    position: int
-    path: Path
-    key: bytes
-    image: tuple[object, ...]
-    query: str
-
-
-@dataclass
-class _Collection:
-    """The files read so far, all of one model.
-
-    Attributes:
-        shape: `(layers, heads)` of every file, None before the first one, `shape_from`.
-        model: the model that the files name; empty before `model_from`, the first file that names one.
-        asked: how the model was asked (`LVLM.asked`); None before the first file, empty if the files differ.
-    """
-
-    shape: tuple[int, int] | None = None
-    shape_from: Path | None = None
-    model: str = ""
-    model_from: Path | None = None
-    asked: Mapping[str, str | None] | None = None
-    files: list[_File] = field(default_factory=list)
-    failures: list[BadEntry] = field(default_factory=list)
-
-    def check_same_model(self, path: Path, facts: _FileFacts) -> None:
-        """Raise UsageError if the file names another model than the files before it, or has another shape."""
-        if self.shape is None:
-            self.shape, self.shape_from = facts.shape, path
-        if facts.shape != self.shape:
-            raise UsageError(
-                f"attention_files: {path} has {facts.shape[0]} layers of {facts.shape[1]} heads, and "
-                f"{self.shape_from} has {self.shape[0]} of {self.shape[1]}: rank the files of one model at a time"
-            )
-        self.asked = facts.asked if self.asked in (None, facts.asked) else {}
-        if facts.model and not self.model:
-            self.model, self.model_from = facts.model, path
-        if facts.model and facts.model != self.model:
-            raise UsageError(
-                f"attention_files: {path} is of {printable(facts.model, 80)}, and {self.model_from} of "
-                f"{printable(self.model, 80)}: rank the files of one model at a time"
-            )
-
-
 def rank_files(run: Run) -> Result:
     """Rank the heads over the files that `attention_files` names -> heads.json, heads.csv and their figures.
 
@@ -153,7 +74,7 @@ def rank_files(run: Run) -> Result:
         except (UsageError, NothingDoneError):
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run keeps it, to resume from
     return result
 
 
@@ -217,6 +138,85 @@ def _is_attention_file(file: Path) -> bool:
         and not attention_stem(file).endswith(SIDE_SUFFIXES)
         and file.is_file()
     )
+
+
+@dataclass
+class _Collection:
+    """The files read so far, all of one model.
+
+    Attributes:
+        shape: `(layers, heads)` of every file, None before the first one, `shape_from`.
+        model: the model that the files name; empty before `model_from`, the first file that names one.
+        asked: how the model was asked (`LVLM.asked`); None before the first file, empty if the files differ.
+    """
+
+    shape: tuple[int, int] | None = None
+    shape_from: Path | None = None
+    model: str = ""
+    model_from: Path | None = None
+    asked: Mapping[str, str | None] | None = None
+    files: list[_File] = field(default_factory=list)
+    failures: list[BadEntry] = field(default_factory=list)
+
+    def check_same_model(self, path: Path, facts: _FileFacts) -> None:
+        """Raise UsageError if the file names another model than the files before it, or has another shape."""
+        if self.shape is None:
+            self.shape, self.shape_from = facts.shape, path
+        if facts.shape != self.shape:
+            raise UsageError(
+                f"attention_files: {path} has {facts.shape[0]} layers of {facts.shape[1]} heads, and "
+                f"{self.shape_from} has {self.shape[0]} of {self.shape[1]}: rank the files of one model at a time"
+            )
+        self.asked = facts.asked if self.asked in (None, facts.asked) else {}
+        if facts.model and not self.model:
+            self.model, self.model_from = facts.model, path
+        if facts.model and facts.model != self.model:
+            raise UsageError(
+                f"attention_files: {path} is of {printable(facts.model, 80)}, and {self.model_from} of "
+                f"{printable(self.model, 80)}: rank the files of one model at a time"
+            )
+
+
+class _File(NamedTuple):
+    """An attention file that was read.
+
+    Attributes:
+        position: in the list of all files.
+        key: of its statistics in the store.
+        image: identity of its image: equal for files of one image.
+    """
+
+    position: int
+    path: Path
+    key: bytes
+    image: tuple[object, ...]
+    query: str
+
+
+class _FileFacts(NamedTuple):
+    """The metadata of an attention file, logged as a JSON list so that the file need not be read again."""
+
+    shape: tuple[int, int]
+    grid: tuple[int, int]
+    image_size: tuple[int, int]
+    image_file: str
+    query: str
+    model: str
+    asked: Mapping[str, str | None]
+
+    @classmethod
+    def from_maps(cls, maps: AttentionMaps) -> _FileFacts:
+        shape = maps.num_layers, maps.num_heads
+        return cls(
+            shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model, maps.asked or {}
+        )
+
+    @classmethod
+    def from_log(cls, entry: Mapping[str, Any] | None) -> _FileFacts | None:
+        if entry is None:
+            return None
+        shape, grid, size, *texts = entry["facts"]
+        return cls(tuple(shape), tuple(grid), tuple(size), *texts)
 
 
 def _collect_statistics(
