@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -59,6 +60,15 @@ def image() -> Image.Image:
     """A wide image of smooth noise: every patch differs from the next."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((160, 90), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def package_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """`caplog` with the package's records, even after a command has stopped them from propagating."""
+    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The captured row against what eager attention returns, in fp32, and against an obvious second implementation."""
+"""Captured rows equal eager attention in fp32, and an obvious second implementation."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_embedded_model_equals_eager(image: Any) -> None:
     torch.testing.assert_close(torch.from_numpy(maps.attention).flatten(2), image_rows, **TOLERANCE)
 
 
-def test_capture_leaves_the_model_alone(image: Any) -> None:
-    """Bit-identical logits with and without, and nothing of ours left in the registry."""
+def test_capture_does_not_change_the_model(image: Any) -> None:
+    """Logits are bit-identical, and transformers' registry is restored."""
     model, inputs = llava_model(), inputs_of(image, ["<image> the red car ."])
     before = dict(AttentionInterface._global_mapping)
     with torch.inference_mode():
@@ -94,15 +94,8 @@ def test_capture_leaves_the_model_alone(image: Any) -> None:
     assert AttentionInterface._global_mapping == before
 
 
-def test_early_exit_sees_the_same_rows(image: Any) -> None:
-    model, inputs = llava_model(), inputs_of(image, ["<image> the red car ."])
-    rows = captured_rows(model, inputs, stop_after=1)
-    assert len(rows) == 2
-    torch.testing.assert_close(rows, captured_rows(model, inputs)[:2], rtol=0, atol=0)
-
-
 def test_generation_keeps_the_prefill(image: Any) -> None:
-    """Decoding steps call the same modules again; only the first call counts."""
+    """Decoding steps call the same modules again; only the first call is captured."""
     model, inputs = llava_model(), inputs_of(image, ["<image> the red car ."])
     with torch.inference_mode(), capture(attention_modules(model)) as recorder:
         model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
@@ -110,15 +103,15 @@ def test_generation_keeps_the_prefill(image: Any) -> None:
     torch.testing.assert_close(rows, eager_rows(model, inputs), **TOLERANCE)
 
 
-def test_errors_inside_undo_the_capture(image: Any) -> None:
+def test_an_error_inside_restores_the_registry(image: Any) -> None:
     before = dict(AttentionInterface._global_mapping)
     with pytest.raises(ZeroDivisionError), capture({}):
         _ = 1 / 0
     assert AttentionInterface._global_mapping == before
 
 
-def test_threads_do_not_see_each_other(image: Any) -> None:
-    """Two models at once, each thread its own recorder: the rows are those of separate runs."""
+def test_threads_have_separate_recorders(image: Any) -> None:
+    """Two models at once: the rows are those of separate runs."""
     models = [llava_model(seed=seed) for seed in (1, 2)]
     inputs = inputs_of(image, ["<image> the red car ."])
     expected = [captured_rows(model, inputs) for model in models]
@@ -183,10 +176,10 @@ def test_row_by_hand(mask: torch.Tensor | None, options: dict[str, Any], allowed
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 4])
-def test_rows_are_the_same_however_many_heads_are_copied_at_once(
+def test_rows_do_not_depend_on_the_number_of_heads_converted_at_once(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU several KV heads go together; here four with two query heads each."""
+    """As on a GPU: four KV heads with two query heads each."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 8, 5, 4, generator=generator).bfloat16()
     key = torch.randn(2, 4, 5, 4, generator=generator).bfloat16()
@@ -195,7 +188,7 @@ def test_rows_are_the_same_however_many_heads_are_copied_at_once(
     torch.testing.assert_close(attention_rows(nn.Module(), query, key, None), one_by_one)
 
 
-def test_a_gpu_copies_no_more_keys_than_it_may_hold() -> None:
+def test_fp32_keys_on_a_gpu_are_bounded() -> None:
     keys = torch.empty(2, 32, 600, 128, device="meta")
     assert 4 * keys[:, : forward_capture._kv_heads_at_once(keys)].numel() >= 4 * keys.numel()
     many = torch.empty(256, 32, 600, 128, device="meta")
@@ -206,7 +199,7 @@ def test_a_gpu_copies_no_more_keys_than_it_may_hold() -> None:
 
 
 def test_row_into_an_empty_static_cache() -> None:
-    """Five queries against a cache of eight: the three keys after the query do not exist yet."""
+    """Five queries against a cache of eight: the last three keys are not filled yet."""
     query, key = random_qk()
     longer = torch.cat([key, torch.full((1, 1, 3, 4), 9.0)], 2)
     row = attention_rows(nn.Module(), query, longer, None)[:, :, 0]
@@ -216,7 +209,7 @@ def test_row_into_an_empty_static_cache() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 2}], ids=["causal", "window"])
 def test_rows_after_a_prefix(options: dict[str, Any]) -> None:
-    """Two of five tokens read later, without a mask (flash): the same rows, the keys of before first."""
+    """Two of five tokens continue a cached prefix, without a mask (flash): the rows do not change."""
     query, key = random_qk()
     whole = attention_rows(nn.Module(), query, key, None, positions=torch.tensor([[3, 4]]), **options)
     positions = torch.tensor([[0, 1]])
@@ -227,8 +220,8 @@ def test_rows_after_a_prefix(options: dict[str, Any]) -> None:
 def test_row_with_a_sink_and_a_softcap() -> None:
     query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
     with_sink = attention_rows(nn.Module(), query, key, None, s_aux=torch.zeros(1))[:, :, 0]
-    torch.testing.assert_close(with_sink, torch.full((1, 1, 3), 0.25))  # the sink takes a fourth share
-    sinks = torch.tensor([9.0, math.log(2)]).reshape(1, 1, 2, 1)  # of two queries, whose last sees two keys
+    torch.testing.assert_close(with_sink, torch.full((1, 1, 3), 0.25))  # the sink counts as a fourth key
+    sinks = torch.tensor([9.0, math.log(2)]).reshape(1, 1, 2, 1)  # per query; the last one sees two keys
     of_queries = attention_rows(nn.Module(), query.expand(-1, -1, 2, -1), key, None, sinks=sinks)
     torch.testing.assert_close(of_queries[0, 0, 0], torch.tensor([0.25, 0.25, 0.0]))
     query[..., 0], key[..., 1, 0] = 100.0, 100.0
@@ -239,8 +232,8 @@ def test_row_with_a_sink_and_a_softcap() -> None:
 # ----------------------------------------------------------------------------------------------- several devices
 
 
-def lying_on(part: nn.Module, device: str) -> None:
-    """Give a module other weights, on that device, and have accelerate bring there what it is called with."""
+def move_to(part: nn.Module, device: str) -> None:
+    """Give a module uninitialised weights on a device, and have accelerate move its inputs there."""
     for module in part.modules():
         for kept in (module._parameters, module._buffers):
             for name, tensor in kept.items():
@@ -250,10 +243,9 @@ def lying_on(part: nn.Module, device: str) -> None:
 
 
 def test_each_layer_is_captured_on_its_own_device() -> None:
-    """As with `device_map`: layers 0 and 1 on one device, 2 and 3 on another, which torch only pretends to have.
+    """As with `device_map`: layers 0 and 1 on one fake device, 2 and 3 on another; torch refuses to mix them.
 
-    It refuses whatever mixes them: so of the recorder, the shared prefix and the answers, each part is where its layer
-    is, whatever device the query positions and the samples that still answer come from.
+    Rows, shared prefix and answer rows of each layer are on its device, wherever query positions and masks come from.
     """
     model = llava_model()
     decoder, modules = model.get_decoder(), attention_modules(model)
@@ -268,12 +260,12 @@ def test_each_layer_is_captured_on_its_own_device() -> None:
         return {layer: str(row.device) for layer, row in rows.items()}
 
     with FakeTensorMode(), torch.no_grad():
-        lying_on(decoder.rotary_emb, "cpu:0")
-        lying_on(decoder.norm, "cpu:1")
+        move_to(decoder.rotary_emb, "cpu:0")
+        move_to(decoder.norm, "cpu:1")
         for layer, device in places.items():
-            lying_on(decoder.layers[layer], device)
-        weighed = Query(torch.tensor([[3, 4], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
-        for query in (Query(), weighed):
+            move_to(decoder.layers[layer], device)
+        weighted = Query(torch.tensor([[3, 4], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+        for query in (Query(), weighted):
             with capture(modules, query=query) as recorder:
                 run(2, 9, use_cache=False)
             assert devices(recorder.rows) == places
@@ -281,7 +273,7 @@ def test_each_layer_is_captured_on_its_own_device() -> None:
         kept = [torch.zeros(1, shared, 9, width // heads, device=at) for at in places.values()]
         prefix = Prefix(list(range(9)), [GrowingLayer(one, one) for one in kept], 3, can_be_cut=True)
         with capture(
-            modules, query=weighed._replace(positions=torch.tensor([[1, 2], [2, 2]]), past=7)
+            modules, query=weighted._replace(positions=torch.tensor([[1, 2], [2, 2]]), past=7)
         ) as recorder:
             run(2, 3, past_key_values=prefix.cache(2, 7), use_cache=True)
         assert devices(recorder.rows) == places

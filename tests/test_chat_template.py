@@ -1,4 +1,4 @@
-"""Chat templates in a process that can be ended: the same text as transformers makes, and no template that hangs."""
+"""Chat templates in a child process: the same text as transformers renders, and no template that hangs."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ ENDLESS = (
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_the_text_is_that_of_transformers(family: str) -> None:
+def test_renders_as_transformers_does(family: str) -> None:
     processor = processor_with(TEMPLATES[family][0] + "{{ bos_token }}{{ messages | tojson }}")
     expected = processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False)
     assert render_chat(processor, TURN) == expected
 
 
-def test_the_template_of_the_embedded_model_needs_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_template_is_rendered_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PROCESS, "_get_child", None)
     processor = processor_with(EMBEDDED.read_text())
     start_renderer_if_needed(processor)
@@ -49,7 +49,7 @@ def test_the_template_of_the_embedded_model_needs_no_child(monkeypatch: pytest.M
     assert render_chat(processor, TURN) == expected
 
 
-def test_of_several_templates_the_default_is_taken() -> None:
+def test_the_default_of_several_templates_is_used() -> None:
     processor = llava_processor()
     processor.chat_template = {"default": "{{ eos_token }}", "tools": "no"}
     assert render_chat(processor, TURN) == "</s>"
@@ -59,10 +59,10 @@ def test_of_several_templates_the_default_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (ENDLESS, "ran for more than 0.3 s"),
-        ("{{ 9 ** (9 ** 9) }}", "ran for more than 0.3 s"),  # in C, where no step is counted
+        ("{{ 9 ** (9 ** 9) }}", "ran for more than 0.3 s"),  # a single operation in C
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion|0.3 s"),
         ("{{ 'a' * 10 ** 11 }}", "more than 512 MB"),
         ("{% for a in range(99999) %}twelve chars{% endfor %}", "more than 1,000,000 characters"),
@@ -71,18 +71,20 @@ def test_of_several_templates_the_default_is_taken() -> None:
         ("{{" + "(" * 5000, "recursion"),
     ],
 )
-def test_templates_that_misbehave(template: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is one line, in time; and the next template is rendered as if nothing had been."""
+def test_bad_templates_are_one_line_errors(
+    template: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In time, and without effect on the next template."""
     PROCESS.render("ready", TURN, {})
     monkeypatch.setattr(chat_template, "TIMEOUT", 0.3)
-    with pytest.raises(TemplateError, match=said) as caught:
+    with pytest.raises(TemplateError, match=message) as caught:
         PROCESS.render(template, TURN, {})
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert PROCESS.render("{{ messages[0].role }}", TURN, {}) == "user"
 
 
-def test_a_template_that_was_ended_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_template_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     process = TemplateProcess()
     monkeypatch.setattr(chat_template, "TIMEOUT", 0.2)
     for _ in range(2):
@@ -91,7 +93,7 @@ def test_a_template_that_was_ended_is_not_tried_again(monkeypatch: pytest.Monkey
     assert process._child is None
 
 
-def test_an_answer_that_nobody_waited_for_is_not_given_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_response_is_not_taken_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a template is rendered."""
     process = TemplateProcess()
 
@@ -107,7 +109,7 @@ def test_an_answer_that_nobody_waited_for_is_not_given_to_the_next(monkeypatch: 
     process.close()
 
 
-def test_threads_get_their_own_text() -> None:
+def test_concurrent_renderings_are_not_mixed_up() -> None:
     found: dict[int, str] = {}
     threads = [
         threading.Thread(
@@ -123,17 +125,17 @@ def test_threads_get_their_own_text() -> None:
 
 
 @pytest.mark.parametrize("executable", ["/no/such/python", None, "/bin/true"])
-def test_without_a_python_to_start(executable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a fault of the template, whose marks around the image would be left out in silence."""
+def test_a_child_that_cannot_start(executable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TemplateError would silently drop the tokens that the template puts around the image."""
     monkeypatch.setattr("sys.executable", executable)
     with pytest.raises(WorkError, match="cannot be started"):
         TemplateProcess().render("a", TURN, {})
 
 
-def test_a_checkpoint_whose_template_loops_for_ever(
+def test_a_checkpoint_with_an_endless_template(
     tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The paper's prompt does without it; the model's own is refused."""
+    """The paper's prompt works without it; `conv_mode=chat` is refused."""
     PROCESS.render("ready", TURN, {})
     monkeypatch.setattr(chat_template, "TIMEOUT", 0.3)
     save_llava(tmp_path)
@@ -141,7 +143,7 @@ def test_a_checkpoint_whose_template_loops_for_ever(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": ENDLESS + "1"}))
     start = time.monotonic()
     assert load_model(str(tmp_path), device="cpu", conv_mode="referseg").attend(image, "the dog")
-    with pytest.raises(UsageError, match=r"conv_mode=chat: the chat template of .* refuses") as caught:
+    with pytest.raises(UsageError, match=r"conv_mode=chat: the chat template of .* rejects") as caught:
         load_model(str(tmp_path), device="cpu", conv_mode="chat")
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 20

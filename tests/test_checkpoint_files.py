@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: pointers, other formats, absurd sizes and bad facts are one line each."""
+"""Untrusted checkpoints: Git LFS pointers, other formats, absurd sizes and malformed files are one-line errors."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\ns
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llava(tmp_path_factory.mktemp("models") / "whole")
 
 
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "model")
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "model")
 
 
-def refusal(folder: Path, kind: type[Exception] = UsageError) -> str:
-    """The one line that a folder is refused with."""
+def error_of(folder: Path, kind: type[Exception] = UsageError) -> str:
+    """The one-line error with which a folder is refused."""
     with pytest.raises(kind) as caught:
         load_model(str(folder), device="cpu")
     message = str(caught.value)
@@ -48,16 +48,16 @@ def refusal(folder: Path, kind: type[Exception] = UsageError) -> str:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", "extra.model"]
 )
-def test_pointers_of_git_lfs(name: str, folder: Path) -> None:
+def test_git_lfs_pointers_are_refused(name: str, folder: Path) -> None:
     (folder / name).write_text(POINTER)
-    message = refusal(folder, WorkError)
+    message = error_of(folder, WorkError)
     assert f"{name} is a Git LFS pointer" in message
     assert "13,476.8 MB" in message
     assert "git lfs pull" in message
 
 
 ORIGINAL = [
-    # architecture, further settings, name of the folder, its twin
+    # architecture, further settings, name of the folder, converted checkpoint
     ("LlavaLlamaForCausalLM", {}, "/data/llava-v1.5-13b", "llava-hf/llava-1.5-13b-hf"),
     ("LlavaLlamaForCausalLM", {"hidden_size": 4096}, "/data/mine", "llava-hf/llava-1.5-7b-hf"),
     ("LlavaLlamaForCausalLM", {"_name_or_path": "x/llava-v1.5-7b"}, "m", "llava-hf/llava-1.5-7b-hf"),
@@ -83,16 +83,16 @@ ORIGINAL = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "settings", "name", "twin"), ORIGINAL)
-def test_the_original_format_of_llava(
-    architecture: str, settings: dict[str, Any], name: str, twin: str
+@pytest.mark.parametrize(("architecture", "settings", "name", "converted"), ORIGINAL)
+def test_original_llava_format_names_the_converted_checkpoint(
+    architecture: str, settings: dict[str, Any], name: str, converted: str
 ) -> None:
     with pytest.raises(UsageError, match="original LLaVA format") as caught:
         check_not_original_llava({"architectures": [architecture], **settings}, f"model.name={name}")
-    assert twin in str(caught.value)
+    assert converted in str(caught.value)
 
 
-def test_an_original_folder_is_not_built(folder: Path) -> None:
+def test_folders_in_the_original_llava_format_are_refused(folder: Path) -> None:
     """`model_type` is llava or llava_llama, and the sizes are at the top."""
     for model_type in ("llava", "llava_llama"):
         settings = {
@@ -102,11 +102,11 @@ def test_an_original_folder_is_not_built(folder: Path) -> None:
             "mm_vision_tower": "openai/clip-vit-large-patch14-336",
         }
         (folder / "config.json").write_text(json.dumps(settings))
-        assert "model.name=llava-hf/llava-1.5-7b-hf" in refusal(folder)
+        assert "model.name=llava-hf/llava-1.5-7b-hf" in error_of(folder)
 
 
 @pytest.mark.parametrize(
-    ("part", "changes", "said"),
+    ("part", "changes", "message"),
     [
         ("text_config", {"num_hidden_layers": 1_000_000}, "text_config.num_hidden_layers=1,000,000"),
         ("text_config", {"num_hidden_layers": 10**15}, "no model has that many"),
@@ -122,30 +122,30 @@ def test_an_original_folder_is_not_built(folder: Path) -> None:
         ("text_config", {"num_hidden_layers": 10**4000}, "no model has that many"),
     ],
 )
-def test_absurd_sizes_are_refused_before_anything_is_built(
-    part: str, changes: dict[str, int], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_absurd_sizes_are_refused_before_the_model_is_built(
+    part: str, changes: dict[str, int], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "localization_heads.lvlm.checkpoints.loading._load_weights", lambda *_: pytest.fail("built")
     )
     edit(folder / "config.json", lambda config: config[part].update(changes))
-    assert said in refusal(folder)
+    assert message in error_of(folder)
 
 
-def test_sizes_that_are_a_little_off(folder: Path) -> None:
-    """What transformers finds when it compares shapes is a line, too."""
+def test_sizes_that_differ_slightly_from_the_weights(folder: Path) -> None:
+    """transformers' own error about mismatched shapes becomes one line, too."""
     edit(folder / "config.json", lambda config: config["text_config"].update(intermediate_size=64))
-    assert "the sizes in config.json are not those of its weights" in refusal(folder, WorkError)
+    assert "the sizes in config.json are not those of its weights" in error_of(folder, WorkError)
 
 
-def test_a_configuration_that_leaves_the_language_model_out(folder: Path) -> None:
-    """Its defaults are a model of 7 billion weights, all of them random."""
+def test_a_configuration_without_language_model(folder: Path) -> None:
+    """The defaults would be a random model of 7 billion weights."""
     edit(folder / "config.json", lambda config: config.pop("text_config"))
-    assert "num_hidden_layers=32, and its weights are those of 4 layers" in refusal(folder)
+    assert "num_hidden_layers=32, and its weights are those of 4 layers" in error_of(folder)
 
 
-def test_real_models_pass() -> None:
-    """Quantized to 2 bits; and one that is not here yet."""
+def test_sizes_of_real_models_pass() -> None:
+    """Quantized to 2 bits, and without downloaded weights."""
     text = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008, "vocab_size": 32064}
     config = {"text_config": {**text, "num_attention_heads": 32, "head_dim": 128}}
     check_size(config, Weights(num_bytes=7_000_000_000 // 4, max_index=31), "x")
@@ -154,7 +154,7 @@ def test_real_models_pass() -> None:
         check_size(config, Weights(num_bytes=8_000_000, max_index=None), "x")
 
 
-def test_what_is_known_of_weights(folder: Path) -> None:
+def test_description_of_weights(folder: Path) -> None:
     size = (folder / "model.safetensors").stat().st_size
     assert weights_in(folder) == Weights(size, 3)
     (folder / "model.safetensors").write_bytes(b"cut off")
@@ -163,31 +163,31 @@ def test_what_is_known_of_weights(folder: Path) -> None:
     assert weights_in(folder) is None
 
 
-def test_an_index_that_leads_out_of_the_folder(folder: Path) -> None:
+def test_an_index_that_points_outside_the_folder(folder: Path) -> None:
     for name in ("../other/model.safetensors", "/etc/passwd", "a\\..\\..\\b"):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-        assert "names weights outside the folder" in refusal(folder)
+        assert "names weights outside the folder" in error_of(folder)
     for text in ("[]", "{", '{"weight_map": [1]}', "[" * 100_000):
         (folder / "model.safetensors.index.json").write_text(text)
-        load_model(str(folder), device="cpu")  # the index is not needed: the weights are in one file
+        load_model(str(folder), device="cpu")  # unused: the weights are in one file
 
 
-def test_a_huge_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_tokenizer_file_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "MAX_JSON_BYTES", 2 << 20)
     (folder / "tokenizer.json").write_bytes(b" " * (3 << 20))
-    assert "tokenizer.json has 3 MB" in refusal(folder)
+    assert "tokenizer.json has 3 MB" in error_of(folder)
 
 
 @pytest.mark.parametrize(
     "text", ['{"model_type": "llava"', "[]", "3", "[" * 200_000, '{"a_config": ' * 900 + "{}" + "}" * 900]
 )
-def test_configurations_that_are_none(text: str, folder: Path) -> None:
+def test_malformed_configurations(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
-    refusal(folder, WorkError)
+    error_of(folder, WorkError)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"{", "Expecting property name"),
         (b"[1]", "it should read"),
@@ -197,16 +197,15 @@ def test_configurations_that_are_none(text: str, folder: Path) -> None:
         (b'{"system": "' + b"a" * (1 << 20) + b'"}', "more than 1 MB"),
     ],
 )
-def test_facts_that_are_none(content: bytes, said: str, folder: Path) -> None:
+def test_malformed_facts_files(content: bytes, message: str, folder: Path) -> None:
     (folder / "localization_heads.json").write_bytes(content)
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         load_model(str(folder), device="cpu")
     assert str(caught.value).startswith(f"{folder}/localization_heads.json: ")
     assert "\n" not in str(caught.value)
 
 
-def test_checkpoints_of_segmenters(tmp_path: Path) -> None:
-    """The same rules."""
+def test_segmenter_checkpoints_follow_the_same_rules(tmp_path: Path) -> None:
     tiny_sam().save_pretrained(tmp_path)
     load_checkpoint(FAMILIES["sam"], str(tmp_path))
     settings = (tmp_path / "config.json").read_text()

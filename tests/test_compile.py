@@ -1,4 +1,4 @@
-"""The conditions a model may run under: compiled, in 16 or fewer bits, in threads, in mixed batches."""
+"""Models under special conditions: compiled, in 16 or fewer bits, in several threads, in mixed batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def images() -> list[Image.Image]:
 
 @pytest.fixture
 def _quiet_compiler() -> Iterator[None]:
-    """Graph breaks are reported at length and are no news here."""
+    """Silence the reports of graph breaks, which are expected."""
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -47,7 +47,7 @@ def _quiet_compiler() -> Iterator[None]:
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="transformers asks torch 2.7 for it")
 @pytest.mark.usefixtures("_quiet_compiler")
 def test_compiled_language_model(image: Any) -> None:
-    """Partial graphs: compiled before the first capture, used without and within one, and with early exit."""
+    """Partial graphs, compiled before the first capture: without a capture, with one, and with early exit."""
     lvlm = tiny_lvlm("expression_mean")
     decoder = lvlm.model.get_decoder()
     decoder.layers = decoder.layers[:2]  # compiling is slow
@@ -65,7 +65,7 @@ def test_compiled_language_model(image: Any) -> None:
 
 
 def in_four_threads(work: Callable[[int], None]) -> None:
-    """`work(0)` to `work(3)`, begun at the same time."""
+    """Run `work(0)` to `work(3)` at the same time."""
     barrier = threading.Barrier(4)
 
     def together(index: int) -> None:
@@ -90,7 +90,7 @@ def test_one_model_in_several_threads(images: list[Image.Image], query_token: st
 
 
 def test_tokenizing_in_several_threads(image: Any) -> None:
-    """Tokenizers keep the padding they were last told: two threads at once would get each other's."""
+    """Tokenizers store padding options as state, which concurrent threads would overwrite."""
     lvlm = tiny_lvlm("expression_mean")
     prompts = [lvlm.located_prompt("the red car , " * 200 + "the dog"), lvlm.located_prompt("the dog")]
 
@@ -104,8 +104,8 @@ def test_tokenizing_in_several_threads(image: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("query_token", ["last", "expression_mean"])
-def test_sixteen_bits_give_nearly_the_same_rows(image: Any, dtype: str, query_token: str) -> None:
-    """Rows are computed in fp32 from 16-bit queries and keys: near the fp32 model's, still summing to one at most."""
+def test_sixteen_bits_give_similar_rows(image: Any, dtype: str, query_token: str) -> None:
+    """Computed in fp32 from 16-bit queries and keys; they still sum to at most one."""
     exact = load_model(dtype="float32", device="cpu", query_token=query_token).attend(image, "the dog")
     rough = load_model(dtype=dtype, device="cpu", query_token=query_token).attend(image, "the dog")
     assert rough.attention.dtype == np.float32
@@ -114,8 +114,8 @@ def test_sixteen_bits_give_nearly_the_same_rows(image: Any, dtype: str, query_to
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_four_and_eight_bits_give_much_the_same_rows(image: Any, bits: str, tmp_path: Path) -> None:
-    """Quantized here, and from a folder that says so itself: nothing is upcast."""
+def test_four_and_eight_bits_give_correlated_rows(image: Any, bits: str, tmp_path: Path) -> None:
+    """Quantized on loading, and from a folder saved quantized, without upcasting."""
     if not is_bitsandbytes_available():
         with pytest.raises(UsageError, match="quantization"):
             load_model(quantization=bits)

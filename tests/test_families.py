@@ -1,4 +1,4 @@
-"""Every family against the pixels and against eager attention, on tiny random models with the real processors."""
+"""Every family: geometry against traced pixels, and capture against eager attention, with the real processors."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ SIBLINGS = {
 }
 """Families that are built like another: their footprints are measured at one size only."""
 NO_FOOTPRINTS = {"fast_vlm", "gemma3n"}
-"""Families whose vision tower is timm's, and reaches too far in images as small as these."""
+"""Families with a vision tower of timm, whose receptive fields are too large for images this small."""
 
 
-def traced() -> list[tuple[str, str]]:
-    """Families and sizes. Those that take another family's row were traced at every size once, and at one here."""
+def traced_cases() -> list[tuple[str, str]]:
+    """Families and sizes. Families built like another were traced at every size once, and at one size here."""
     return [
         (name, size)
         for name in FAMILY_NAMES
@@ -49,16 +49,16 @@ def traced() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "size"), traced())
-def test_footprints_lie_in_their_cells(name: str, size: str) -> None:
-    """Within a quarter of a cell of where the geometry says, in every view; padding has no footprint."""
+@pytest.mark.parametrize(("name", "size"), traced_cases())
+def test_footprints_match_the_geometry(name: str, size: str) -> None:
+    """Within a quarter of a cell, in every view; padding has no footprint."""
     for view, errors in footprint_errors(tiny(name), SIZES[size]).items():
         assert len(errors) >= 3, f"{view}: too few tokens show the image alone"
         assert np.abs(errors).max() < 0.25, view
 
 
-def test_tokens_of_fast_vlm_are_centred_at_a_corner_of_their_pixels() -> None:
-    """What feeds an inner token, all weights being positive, lies around the first of its 64 pixels."""
+def test_fast_vlm_tokens_are_centred_at_a_corner_of_their_cells() -> None:
+    """With positive weights, the gradient of an inner token is centred at the first of its 64 pixels."""
     tower = copy.deepcopy(tiny("fast_vlm").model.model.vision_tower.timm_model)
     with torch.no_grad():
         for parameter in tower.parameters():
@@ -66,8 +66,8 @@ def test_tokens_of_fast_vlm_are_centred_at_a_corner_of_their_pixels() -> None:
     tower.final_conv.se = torch.nn.Identity()  # it scales channels by the mean of the whole image
     pixels = torch.full((1, 3, 1024, 1024), 0.5, requires_grad=True)
     (gradient,) = torch.autograd.grad(tower.forward_features(pixels)[0, :, 8, 7].sum(), pixels)
-    feeds, middles = gradient[0].abs().sum(0), torch.arange(1024) + 0.5
-    centre = float(feeds.sum(0) @ middles / feeds.sum()), float(feeds.sum(1) @ middles / feeds.sum())
+    weights, middles = gradient[0].abs().sum(0), torch.arange(1024) + 0.5
+    centre = float(weights.sum(0) @ middles / weights.sum()), float(weights.sum(1) @ middles / weights.sum())
     box = 0, 0, 1024, 1024
     view = shifted(even_view("whole", np.zeros((16, 16), int), box), 31.5 / 64)
     expected = view.x_edges[7:9].mean(), view.y_edges[8:10].mean()
@@ -103,7 +103,7 @@ def test_capture_equals_eager(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_a_batch_is_its_samples(name: str) -> None:
+def test_a_batch_gives_the_maps_of_its_samples(name: str) -> None:
     """Images of different sizes and expressions of different lengths, padded to one length."""
     lvlm = tiny(name)
     images = [coordinate_image(150, 110), coordinate_image(110, 190), coordinate_image(64, 64)]
@@ -117,8 +117,8 @@ def test_a_batch_is_its_samples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_every_image_token_has_one_cell(name: str) -> None:
-    """No token twice, none of another kind, and every view of the table is seen at one size or another."""
+def test_every_image_token_belongs_to_one_cell(name: str) -> None:
+    """No token twice and no others, and every view in the table of checks occurs at some size."""
     lvlm, names = tiny(name), set()
     for size in SIZES.values():
         encoded = coordinate_image(*size)
@@ -133,14 +133,14 @@ def test_every_image_token_has_one_cell(name: str) -> None:
     assert names == set(CHECKS["families"][name]["views"])
 
 
-def test_the_table_of_checks_is_whole() -> None:
-    """`family_checks.json`, which the documentation is written from."""
+def test_the_table_of_checks_is_complete() -> None:
+    """`family_checks.json`, from which the documentation is written."""
     assert CHECKS["families"].keys() == set(FAMILY_NAMES)
     assert CHECKS["refused"] == REFUSED
     assert {entry["model_type"] for entry in CHECKS["families"].values()} == FAMILIES.keys()
 
 
-def test_patches_that_make_no_whole_cell_are_outside_the_view() -> None:
+def test_patches_beyond_the_last_whole_cell_are_outside_the_view() -> None:
     """LightOnOCR, 140 x 98 pixels in cells of 28: five columns, and three rows of 84 of the 98."""
     config = SimpleNamespace(
         model_type="lighton_ocr",
@@ -171,9 +171,9 @@ def test_padding_to_whole_patches_lies_outside_the_image() -> None:
 
 
 def test_every_image_text_type_of_transformers_is_accounted_for() -> None:
-    """A new release of transformers is noticed here: support its types, refuse them with a reason, or list them.
+    """Fails with new model types of transformers: support them, refuse them with a reason, or list them as unknown.
 
-    Of the unknown ones nobody has looked closely at any: one grid is tried, with a warning, or refused.
+    For unknown ones, one grid is tried with a warning, or the image is refused.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -191,14 +191,14 @@ def test_resamplers_are_refused() -> None:
 def encoded(
     ids: list[int] | int, size: tuple[int, int] = (30, 20), *, merge: int | None = None, **outputs: Any
 ) -> ProcessedImage:
-    """The first of two samples of a family that nobody knows, whose image token is 7, or `ids` of them in one run."""
+    """The first of two samples of an unknown family whose image token is 7; a number of `ids` means a run of them."""
     config = SimpleNamespace(model_type="novel", image_token_id=7)
     own = SimpleNamespace(image_processor=SimpleNamespace(**({} if merge is None else {"merge_size": merge})))
     row = [1, *[7] * ids, 2] if isinstance(ids, int) else ids
     return ProcessedImage(config, own, {"input_ids": np.array([row, row]), **outputs}, 0, size)
 
 
-def test_an_unknown_family_gets_a_fair_try(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_family_is_read_as_one_grid_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     check_family(SimpleNamespace(model_type="novel", image_token_id=7))
     assert "nobody has checked" in caplog.text
     (view,) = views_of(encoded([1, 7, 7, 7, 7, 2]))
@@ -207,11 +207,11 @@ def test_an_unknown_family_gets_a_fair_try(caplog: pytest.LogCaptureFixture) -> 
 
 
 def pixels(*shape: int, empty: int = 0) -> torch.Tensor:
-    """`empty` tiles at the end are padding."""
-    made = torch.ones(shape)
+    """The last `empty` tiles are padding."""
+    values = torch.ones(shape)
     if empty:
-        made[:, -empty:] = 0
-    return made
+        values[:, -empty:] = 0
+    return values
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def pixels(*shape: int, empty: int = 0) -> torch.Tensor:
         pytest.param(encoded(144, (640, 480)), (12, 12), id="no other grid of that aspect"),
     ],
 )
-def test_an_unknown_family_reads_the_grid_that_nothing_contradicts(
+def test_an_unknown_family_reads_a_grid_that_nothing_contradicts(
     image: ProcessedImage, grid: tuple[int, int]
 ) -> None:
     (view,) = views_of(image)
@@ -238,7 +238,7 @@ def test_an_unknown_family_reads_the_grid_that_nothing_contradicts(
 
 
 @pytest.mark.parametrize(
-    ("image", "said"),
+    ("image", "message"),
     [
         (encoded([1, 7, 7, 7, 2]), "3 image tokens are no square number"),
         (encoded([7, 7, 1, 7, 7]), "do not follow each other"),
@@ -259,15 +259,15 @@ def test_an_unknown_family_reads_the_grid_that_nothing_contradicts(
         (encoded(1024, pixel_values=pixels(8, 3, 8, 8)), "shown in 8 parts"),
     ],
 )
-def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: ProcessedImage, said: str) -> None:
-    """Anything that the processor says may contradict a square; the sentence says what."""
+def test_an_unknown_family_with_an_ambiguous_grid_is_refused(image: ProcessedImage, message: str) -> None:
+    """Any output of the processor may contradict a square; the message names it."""
     with pytest.raises(UsageError, match="positions in the image are unknown") as caught:
         views_of(image)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_sister_of_a_known_family_is_read_as_that_family() -> None:
-    """Its processor's `image_grid_thw` says what the grid is: 512 x 288 pixels, 9 x 16 tokens, not 12 x 12."""
+def test_an_unknown_relative_of_a_known_family_gets_the_same_grid() -> None:
+    """By its processor's `image_grid_thw`: 512 x 288 pixels are 9 x 16 tokens, not 12 x 12."""
     lvlm, image = tiny("qwen3_vl"), coordinate_image(512, 288)
     inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     config = SimpleNamespace(model_type="qwen9_vl", image_token_id=lvlm.image_token_id)

@@ -1,9 +1,8 @@
-"""`load_model`: the embedded model, local folders, and every way that it cannot be."""
+"""`load_model`: the embedded model, local folders, defaults of families, fingerprints, and one-line errors."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from dataclasses import replace
@@ -70,8 +69,8 @@ TEMPLATE = (
 )
 
 
-def test_the_prompt_follows_the_family(tmp_path: Path) -> None:
-    """A Qwen in a folder is asked in its chat template; what the user says comes first; without one, the paper's."""
+def test_conv_mode_follows_the_family(tmp_path: Path) -> None:
+    """A Qwen in a folder uses its chat template if it has one, else the paper's prompt; the user's choice wins."""
     source = saved_family("qwen2_vl", tmp_path)
     assert load_model(source, device="cpu").conv_mode == "referseg"
     image = tiny("qwen2_vl").image_text
@@ -83,16 +82,15 @@ def test_the_prompt_follows_the_family(tmp_path: Path) -> None:
     assert load_model(ModelSpec(source, conv_mode="referseg"), device="cpu").conv_mode == "referseg"
 
 
-def test_like_takes_what_is_known_of_another(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_like_applies_the_settings_of_a_known_model(
+    folder: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
-    """Its heads, prompt and padding; a note where it cannot be that one."""
-    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    """Its heads, prompt and padding; with a note if the shapes show that it is another model."""
     known = known_specs()["llava"]
     for like in ("llava", "llava-hf/llava-1.5-7b-hf", "liuhaotian/llava-v1.5-7b"):
         lvlm = load_model(str(folder), like=like, device="cpu")
         assert lvlm.spec == replace(known, name=str(folder))
-    assert "has 4 layers of 4 heads and no L14H24" in caplog.text
+    assert "has 4 layers of 4 heads and no L14H24" in package_log.text
     assert [note for note in lvlm.notes if "no L14H24" in note]
     assert load_model(str(folder), device="cpu").notes == []
     with pytest.raises(UsageError, match=r"like=lava: .*did you mean llava\?"):
@@ -101,11 +99,10 @@ def test_like_takes_what_is_known_of_another(
         load_model(str(folder), like="gpt")
 
 
-def test_a_folder_that_looks_like_a_known_checkpoint(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_with_the_shape_of_a_known_checkpoint_is_noted(
+    tmp_path: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
-    """The embedded model, copied: a note says how to take its heads; whoever has taken them hears nothing."""
-    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    """A copy of the embedded model: a note says how to use its heads, unless the user has named heads."""
     copy = shutil.copytree(files("localization_heads") / "lvlm" / "embedded", tmp_path / "copy")
     lvlm = load_model(str(copy), device="cpu")
     assert (lvlm.known_heads, lvlm.system) == ((), load_model(device="cpu").system)
@@ -113,14 +110,14 @@ def test_a_folder_that_looks_like_a_known_checkpoint(
     assert "has the shape of embedded" in note
     assert f"model=tiny model.name={copy}" in note
     assert f'load_model("{copy}", like="tiny")' in note
-    assert note in caplog.text
+    assert note in package_log.text
     informed = load_model(str(copy), like="tiny", device="cpu")
     assert (informed.notes, informed.known_heads) == ([], find_spec("tiny").heads)
     assert load_model(ModelSpec(str(copy), heads=(Head(1, 1),)), device="cpu").notes == []
 
 
-def test_facts_beside_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """Its system sentence; the option comes before it; without any it is LLaVA's."""
+def test_system_sentence_of_a_checkpoint_folder(folder: Path, tmp_path: Path) -> None:
+    """The option takes precedence over the folder's; without either, it is LLaVA's."""
     assert load_model(str(folder), device="cpu").system == loading.LLAVA_SYSTEM
     facts = folder / "localization_heads.json"
     facts.write_text(json.dumps({"system": "Look."}))
@@ -132,19 +129,19 @@ def test_facts_beside_a_checkpoint(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_loaded_in_the_type_asked_for(folder: Path, dtype: str) -> None:
+def test_dtype_of_loaded_weights(folder: Path, dtype: str) -> None:
     assert load_model(str(folder), device="cpu", dtype=dtype).model.dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_large_weights_are_read_in_sight(
+def test_large_weights_show_progress(
     folder: Path,
     limit: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A bar, and what a conversion costs; of small ones nothing is said."""
+    """A progress bar, and a warning about the copy that a conversion makes; neither for small weights."""
     monkeypatch.setattr(loading, "LARGE_BYTES", limit)
     load_model(str(folder), dtype="bfloat16", device="cpu")
     err = capsys.readouterr().err
@@ -156,8 +153,8 @@ def test_large_weights_are_read_in_sight(
     assert "converting" not in caplog.text
 
 
-def test_a_command_says_what_it_works_with_before_it_loads_anything(front: Front) -> None:
-    """Stage, folder and image are on the screen when the folder turns out to be broken."""
+def test_a_command_prints_its_inputs_before_loading(front: Front) -> None:
+    """Stage, folder and image are printed even if the folder turns out to be broken."""
     Path("model").mkdir()
     Path("model/config.json").write_text("{")
     Image.new("RGB", (8, 8)).save("a.png")
@@ -174,8 +171,8 @@ def test_the_embedded_model_is_the_default(lvlm: LVLM) -> None:
     assert lvlm.fingerprint
 
 
-def change_a_byte(path: Path) -> None:
-    """The last one, which is of a weight."""
+def flip_last_bit(path: Path) -> None:
+    """Of a weight."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -184,8 +181,8 @@ def fingerprint_of(name: str | Path) -> str:
     return load_model(str(name), device="cpu").fingerprint
 
 
-def test_weights_are_known_by_their_content(folder: Path, tmp_path: Path) -> None:
-    """Touched, copied or cut into shards they are the same; with one bit changed, not."""
+def test_fingerprint_depends_on_weights_not_on_files(folder: Path, tmp_path: Path) -> None:
+    """It survives a new modification time, a copy and sharding; one changed bit changes it."""
     before = fingerprint_of(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
     os.utime(copy / "model.safetensors", (1, 1))
@@ -196,14 +193,14 @@ def test_weights_are_known_by_their_content(folder: Path, tmp_path: Path) -> Non
     parts = sorted((tmp_path / "shards").glob("*-of-*.safetensors"))
     assert len(parts) > 1
     assert fingerprint_of(tmp_path / "shards") == before
-    change_a_byte(parts[-1])
-    change_a_byte(copy / "model.safetensors")
+    flip_last_bit(parts[-1])
+    flip_last_bit(copy / "model.safetensors")
     changed = {fingerprint_of(copy), fingerprint_of(tmp_path / "shards")}
     assert before not in changed
 
 
-def test_other_settings_are_another_model(folder: Path, tmp_path: Path) -> None:
-    """The processor's files and the configuration decide about the maps as well."""
+def test_fingerprint_depends_on_settings(folder: Path, tmp_path: Path) -> None:
+    """Configuration, processor and chat template affect the maps as well."""
     found = {fingerprint_of(folder)}
     for file, path, value in (
         ("config.json", ("text_config", "rms_norm_eps"), 0.5),
@@ -219,8 +216,8 @@ def test_other_settings_are_another_model(folder: Path, tmp_path: Path) -> None:
     assert len(found | {fingerprint_of(copy)}) == 4
 
 
-def test_of_large_models_every_tensor_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not every value: training changes nearly all of a tensor's."""
+def test_fingerprint_of_large_models_samples_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every value, since training changes nearly all values of a tensor."""
     monkeypatch.setattr(fingerprint, "READ_WHOLE_BELOW", 0)
     model, processor = llava_model(), llava_processor()
     found = {fingerprint.fingerprint(model, processor)}
@@ -233,43 +230,43 @@ def test_of_large_models_every_tensor_is_looked_at(monkeypatch: pytest.MonkeyPat
     large = torch.zeros(100, 1000)
     first = fingerprint._bytes(large, whole=False)
     assert len(first) == 4 * 4096
-    for place in (0, -1):  # the ends are among what is read
+    for place in (0, -1):  # the sample includes both ends
         changed = large.clone()
         changed.view(-1)[place] = 1
         assert fingerprint._bytes(changed, whole=False) != first
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_weights_that_lie_elsewhere_are_read_and_run(
+def test_offloaded_weights_give_the_same_fingerprint_and_maps(
     where: str, lvlm: LVLM, image: Image.Image, tmp_path: Path
 ) -> None:
-    """`device_map` may leave them in main memory or on the disk."""
-    away = load_model(device="cpu")
+    """As with a `device_map` that leaves weights in main memory or on disk."""
+    offloaded = load_model(device="cpu")
     accelerate = pytest.importorskip("accelerate")
     if where == "disk":
-        accelerate.disk_offload(away.model, tmp_path, execution_device="cpu")
+        accelerate.disk_offload(offloaded.model, tmp_path, execution_device="cpu")
     else:
-        accelerate.cpu_offload(away.model, execution_device="cpu")
-    assert any(parameter.is_meta for parameter in away.model.parameters())
-    assert away.fingerprint == lvlm.fingerprint
-    # They come to the device where they run when their turn is, and the capture sees the same rows
-    assert away.device == torch.device("cpu")
-    maps, expected = away.attend(image, "the dog"), lvlm.attend(image, "the dog")
+        accelerate.cpu_offload(offloaded.model, execution_device="cpu")
+    assert any(parameter.is_meta for parameter in offloaded.model.parameters())
+    assert offloaded.fingerprint == lvlm.fingerprint
+    # Each layer's weights move to the device when it runs.
+    assert offloaded.device == torch.device("cpu")
+    maps, expected = offloaded.attend(image, "the dog"), lvlm.attend(image, "the dog")
     np.testing.assert_array_equal(maps.attention, expected.attention)
-    (shared,) = away.encode_image(image).attend(["the dog"])
+    (shared,) = offloaded.encode_image(image).attend(["the dog"])
     np.testing.assert_allclose(shared.attention, expected.attention, rtol=0, atol=1e-5)
 
 
-def test_an_update_of_the_hub_makes_new_statistics(
+def test_an_updated_hub_checkpoint_gets_new_statistics(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two commits in the hub's cache: the second is known as another, and as the folder of the same weights."""
+    """Two commits in the hub's cache have different fingerprints, equal to those of folders with the same weights."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cache = tmp_path / "models--me--my-llava"
     update = cache / "snapshots" / ("b" * 40)
     shutil.copytree(folder, cache / "snapshots" / ("a" * 40))
     shutil.copytree(folder, update)
-    change_a_byte(update / "model.safetensors")
+    flip_last_bit(update / "model.safetensors")
     (cache / "refs").mkdir()
     stores, prints = [], []
     for commit in ("a", "b"):
@@ -293,14 +290,13 @@ def test_an_update_of_the_hub_makes_new_statistics(
         ("a/b/c", "no such folder"),
     ],
 )
-def test_names_that_are_nothing(name: str, said: str) -> None:
+def test_names_of_no_checkpoint_are_refused(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         load_model(name)
     assert "model=tiny" in str(caught.value)
 
 
-def test_an_id_that_is_not_here_names_the_ways_out() -> None:
-    """Offline: the embedded model and a local folder."""
+def test_an_uncached_hub_id_offline_names_alternatives() -> None:
     with pytest.raises(WorkError) as caught:
         load_model("llava-hf/llava-1.5-7b-hf")
     message = str(caught.value)
@@ -309,8 +305,8 @@ def test_an_id_that_is_not_here_names_the_ways_out() -> None:
         assert word in message
 
 
-def test_broken_folders_are_refused_in_a_line_each(tmp_path: Path, folder: Path) -> None:
-    """No config, a config that is no JSON, another family, no weights: one line each."""
+def test_broken_folders_are_one_line_errors(tmp_path: Path, folder: Path) -> None:
+    """No config, malformed JSON, a text model, no weights, truncated weights."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no config\.json"):
         load_model(str(tmp_path / "empty"))
@@ -323,16 +319,19 @@ def test_broken_folders_are_refused_in_a_line_each(tmp_path: Path, folder: Path)
     with pytest.raises(UsageError, match="model type 'bert' has no image token"):
         load_model(str(broken))
     (broken / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(WorkError, match="broken") as caught:
-        load_model(str(broken))
-    assert "\n" not in str(caught.value)
+    truncated = shutil.copytree(folder, tmp_path / "truncated")
+    weights = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(weights[:1000])
+    for path in (broken, truncated):
+        with pytest.raises(WorkError, match=f"{path.name} cannot be") as caught:
+            load_model(str(path), device="cpu")
+        assert "\n" not in str(caught.value)
 
 
-def test_missing_weights_are_said(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_missing_weights_are_a_warning(
+    folder: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
-    """transformers fills them with random numbers."""
-    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    """transformers initialises them at random."""
     target = shutil.copytree(folder, tmp_path / "holes")
     weights = load_file(target / "model.safetensors")
     gone = next(name for name in sorted(weights) if name.endswith("layers.1.self_attn.q_proj.weight"))
@@ -340,20 +339,8 @@ def test_missing_weights_are_said(
         {name: tensor for name, tensor in weights.items() if name != gone}, target / "model.safetensors"
     )
     load_model(str(target), device="cpu")
-    assert "lacks 1 tensors" in caplog.text
-    assert "q_proj.weight" in caplog.text
-
-
-def test_truncated_weights_are_a_failure_of_the_work(folder: Path, tmp_path: Path) -> None:
-    """A download that was cut off is a failure of the work, in one line."""
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    for file in folder.iterdir():
-        content = file.read_bytes()
-        (cut / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
-    with pytest.raises(WorkError, match="cannot be") as caught:
-        load_model(str(cut), device="cpu")
-    assert "\n" not in str(caught.value)
+    assert "lacks 1 tensors" in package_log.text
+    assert "q_proj.weight" in package_log.text
 
 
 @pytest.mark.parametrize(
@@ -368,7 +355,7 @@ def test_truncated_weights_are_a_failure_of_the_work(folder: Path, tmp_path: Pat
         ({"device": "toaster"}, "device=toaster"),
     ],
 )
-def test_wrong_options_are_named(options: dict[str, str], said: str) -> None:
+def test_invalid_options_are_named(options: dict[str, str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load_model(**options)  # type: ignore[arg-type]
 
@@ -380,11 +367,11 @@ def test_quantization_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["-1", "1.5", "meta", "cpu:3", "", "99", 99])
-def test_devices_that_this_machine_lacks(device: str | int) -> None:
+def test_unavailable_devices_are_refused(device: str | int) -> None:
     with pytest.raises(UsageError, match="device="):
         pick_device(device)
 
 
-def test_devices_that_it_has() -> None:
+def test_available_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device(None) == pick_device("auto")

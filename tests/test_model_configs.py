@@ -1,4 +1,4 @@
-"""`config/model/`: every file composes, says what it must, and claims nothing that nobody published."""
+"""`config/model/`: every file composes, agrees with its family, and lists only published heads."""
 
 from __future__ import annotations
 
@@ -29,83 +29,38 @@ from localization_heads.stages.run import Run
 FOLDER = files("localization_heads") / "config" / "model"
 PUBLISHED = {"llava": ["14-24", "14-13", "14-26"], "llava-13b": ["15-39", "16-30", "7-2"]}  # Fig. 6a
 STEMS = sorted(known_specs())
-MODEL_TYPES = {
-    "aya-vision": "aya_vision",
-    "cohere2-vision": "cohere2_vision",
-    "cosmos3-edge": "cosmos3_edge",
+MODEL_TYPES = {stem: stem.replace("-", "_") for stem in STEMS} | {
     "cosmos3-nano": "cosmos3_omni",
     "deepseek-vl": "deepseek_vl_hybrid",
     "deepseek-vl-1_3b": "deepseek_vl",
     "ernie4_5-vl": "ernie4_5_vl_moe",
-    "exaone4_5": "exaone4_5",
-    "fast-vlm": "fast_vlm",
-    "florence2": "florence2",
-    "fuyu": "fuyu",
-    "gemma3": "gemma3",
-    "gemma3n": "gemma3n",
-    "gemma4": "gemma4",
     "gemma4-12b": "gemma4_unified",
-    "glm-ocr": "glm_ocr",
     "glm4_5v": "glm4v_moe",
     "glm4_6v": "glm46v",
-    "glm4v": "glm4v",
-    "got-ocr2": "got_ocr2",
-    "granite-docling": "granite_docling",
     "hyperclovax": "hyperclovax_vision_v2",
-    "idefics3": "idefics3",
     "inkling": "inkling_mm_model",
-    "inkling2": "inkling2",
-    "internvl": "internvl",
     "internvl-1b": "internvl",
     "internvl3_5": "internvl",
-    "janus": "janus",
     "janus-1b": "janus",
     "kimi-k2_5": "kimi_k25",
-    "lfm2-vl": "lfm2_vl",
-    "lfm3-vl": "lfm3_vl",
-    "lighton-ocr": "lighton_ocr",
-    "llama4": "llama4",
-    "llava": "llava",
     "llava-13b": "llava",
-    "llava-next": "llava_next",
     "llava-next-mistral": "llava_next",
-    "llava-next-video": "llava_next_video",
-    "llava-onevision": "llava_onevision",
     "llava-onevision-0_5b": "llava_onevision",
-    "minicpm-ocr": "minicpm_ocr",
     "minicpm-v4_6": "minicpmv4_6",
     "minicpm-v4_7": "minicpmv4_7",
-    "mistral3": "mistral3",
-    "mllama": "mllama",
-    "molmo2": "molmo2",
-    "muse-glimmer": "muse_glimmer",
-    "muse-spark": "muse_spark",
     "north-micro-vision": "cohere_compass",
-    "ovis2": "ovis2",
-    "paddleocr-vl": "paddleocr_vl",
-    "paligemma": "paligemma",
     "paligemma2": "paligemma",
-    "perception-lm": "perception_lm",
     "pixtral": "llava",
-    "pp-chart2table": "pp_chart2table",
-    "qianfan-ocr": "qianfan_ocr",
-    "qwen2-vl": "qwen2_vl",
     "qwen2-vl-2b": "qwen2_vl",
     "qwen2_5-omni": "qwen2_5_omni_thinker",
-    "qwen2_5-vl": "qwen2_5_vl",
     "qwen2_5-vl-3b": "qwen2_5_vl",
     "qwen3-omni": "qwen3_omni_moe_thinker",
-    "qwen3-vl": "qwen3_vl",
     "qwen3-vl-30b": "qwen3_vl_moe",
     "qwen3-vl-4b": "qwen3_vl",
-    "qwen3_5": "qwen3_5",
     "qwen3_5-35b": "qwen3_5_moe",
-    "smolvlm": "smolvlm",
     "smolvlm-256m": "idefics3",
     "tiny": "llava",
-    "unlimited-ocr": "unlimited_ocr",
     "video-llama3": "video_llama_3",
-    "video-llava": "video_llava",
     "vip-llava": "vipllava",
 }
 """The `model_type` of each checkpoint's configuration."""
@@ -118,8 +73,7 @@ def composed(*overrides: str) -> FinderOptions:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_a_preset_composes_as_its_file_is_read(stem: str) -> None:
-    """Through Hydra, and the same when the files are read without it."""
+def test_a_file_composes_with_and_without_hydra(stem: str) -> None:
     options = composed(f"model={stem}")
     assert compose_spec(options.model, stem) == known_specs()[stem] == find_spec(stem)
     spec = known_specs()[stem]
@@ -130,16 +84,16 @@ def test_a_preset_composes_as_its_file_is_read(stem: str) -> None:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_file_explains_itself(stem: str) -> None:
+def test_a_file_begins_with_a_comment_and_a_name(stem: str) -> None:
     text = (FOLDER / f"{stem}.yaml").read_text(encoding="utf-8")
     assert re.match(r"# \w.*\.\ndefaults:\n  - base\n  - _self_\n\nname: ", text)
 
 
-def test_no_invented_heads() -> None:
+def test_only_published_heads_are_listed() -> None:
     found = {
         stem: [f"{h.layer}-{h.head}" for h in spec.heads]
         for stem, spec in known_specs().items()
-        if spec.heads and stem != "tiny"  # ours: measured here
+        if spec.heads and stem != "tiny"  # measured in this project
     }
     assert found == PUBLISHED
 
@@ -150,18 +104,17 @@ def test_names_are_unique() -> None:
 
 
 def test_every_family_has_a_file() -> None:
-    assert sorted(MODEL_TYPES) == STEMS
+    assert sorted(MODEL_TYPES) == STEMS  # no entry for a file that is gone
     assert set(MODEL_TYPES.values()) == set(FAMILIES) - {"glmga"}  # of which no checkpoint is known
 
 
 @pytest.mark.parametrize("stem", [s for s in STEMS if not callable(FAMILIES[MODEL_TYPES[s]].defaults)])
 def test_files_and_families_agree(stem: str) -> None:
-    """A copy of a checkpoint in a folder is asked as the checkpoint is."""
+    """So a copy of a checkpoint in a folder is prompted like the checkpoint."""
     spec = known_specs()[stem]
-    defaults = {name: getattr(spec, name) for name in ("conv_mode", "native_box", "pad_to_square")}
-    assert {name: value for name, value in defaults.items() if value is not None} == FAMILIES[
-        MODEL_TYPES[stem]
-    ].defaults
+    options = {name: getattr(spec, name) for name in ("conv_mode", "native_box", "pad_to_square")}
+    given = {name: value for name, value in options.items() if value is not None}
+    assert given == FAMILIES[MODEL_TYPES[stem]].defaults
 
 
 VICUNA, YI = {"model_type": "llama", "vocab_size": 32064}, {"model_type": "llama", "vocab_size": 64064}
@@ -186,20 +139,19 @@ CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_visio
         ),
     ],
 )
-def test_facts_of_families_with_several_parts(
+def test_defaults_that_depend_on_the_configuration(
     model_type: str, text: dict[str, Any], vision: dict[str, Any], defaults: dict[str, Any]
 ) -> None:
-    assert (
-        family_defaults(AutoConfig.for_model(model_type, text_config=text, vision_config=vision)) == defaults
-    )
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
+    assert family_defaults(config) == defaults
 
 
-def test_facts_of_mixtures_of_experts_and_of_strangers() -> None:
+def test_defaults_of_shared_rows_and_unknown_families() -> None:
     assert family_defaults(SimpleNamespace(model_type="glm4v_moe")) == FAMILIES["glm4v"].defaults
     assert family_defaults(SimpleNamespace(model_type="novel")) == {}
 
 
-def test_shapes_of_the_checkpoints_whose_heads_are_known() -> None:
+def test_shapes_of_checkpoints_with_known_heads() -> None:
     assert set(KNOWN_SHAPES) == {stem for stem, spec in known_specs().items() if spec.heads}
     llava = AutoConfig.for_model("llava", text_config=VICUNA)  # the defaults are those of LLaVA-1.5-7B
     assert find_known_shape(llava) == "llava"
@@ -215,7 +167,7 @@ def test_any_option_can_be_overridden() -> None:
     assert (spec.dtype, spec.conv_mode, list(map(str, spec.heads))) == ("bfloat16", "plain", ["L3H1"])
 
 
-def test_a_checkpoint_that_nobody_described() -> None:
+def test_a_checkpoint_without_a_file() -> None:
     spec = compose_spec(
         composed("model.name=someone/some-model", "model.dtype=float16").model,
         "tiny",
@@ -226,7 +178,7 @@ def test_a_checkpoint_that_nobody_described() -> None:
         composed("model.name=null")
 
 
-def test_conv_mode_comes_from_the_model_unless_it_is_given() -> None:
+def test_conv_mode_comes_from_the_model_unless_given() -> None:
     spec = find_spec("tiny")
     chatty = ModelSpec(EMBEDDED, conv_mode="chat")
     assert load_model(ModelSpec(EMBEDDED), device="cpu").conv_mode == "referseg"

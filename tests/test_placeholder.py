@@ -1,4 +1,4 @@
-"""What stands for an image in a prompt: found in the chat templates of many families, by one mechanism."""
+"""The image placeholder of a prompt, derived from the chat templates of many families."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def processor_with(template: str | None) -> Any:
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_placeholder_of_a_template(family: str) -> None:
+def test_placeholder_from_a_template(family: str) -> None:
     template, expected = TEMPLATES[family]
     render = template_renderer(processor_with(template))
     assert render is not None
@@ -112,12 +112,12 @@ def test_placeholder_of_a_template(family: str) -> None:
     "template",
     [
         None,
-        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",  # knows no images
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",  # not made for images
         "{{ raise_exception('roles must alternate') }}",
-        EACH + "{% if c.type == 'text' %}{{ c.text }}{% endif %}" + DONE,  # leaves them out
+        EACH + "{% if c.type == 'text' %}{{ c.text }}{% endif %}" + DONE,  # drops images
     ],
 )
-def test_without_a_useful_template_the_processor_decides(template: str | None) -> None:
+def test_without_a_usable_template_the_processor_decides(template: str | None) -> None:
     processor = processor_with(template)
     assert image_placeholder(processor, "<image>") == "<image>"
     processor.vision_start_token, processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
@@ -129,7 +129,7 @@ def lvlm_with(template: str | None, query_token: str = "last", conv_mode: str = 
     return LVLM(llava_model(), processor_with(template), ModelSpec("mine"), system="Be brief.", **options)
 
 
-def test_prompts_take_the_marks_along() -> None:
+def test_prompts_include_the_image_tokens_of_the_template() -> None:
     template = filled(EACH + PART + DONE, IMAGE="<begin><image><end>\n")
     assert (
         lvlm_with(template, conv_mode="referseg").prompt("the dog")
@@ -138,18 +138,15 @@ def test_prompts_take_the_marks_along() -> None:
     assert lvlm_with(template, conv_mode="plain").prompt("the dog") == "<begin><image><end>\nthe dog."
 
 
-def test_image_after_the_text_is_said(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A warning for the last token, which still sees the image; an error for the expression's, which do not."""
-    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+def test_an_image_after_the_text_is_reported(package_log: pytest.LogCaptureFixture) -> None:
+    """A warning for the last token, which still sees the image; an error for the expression's tokens, which do not."""
     last, first = TEMPLATES["image last"][0], TEMPLATES["llava-1.5"][0]
-    with caplog.at_level(logging.WARNING):
+    with package_log.at_level(logging.WARNING):
         _check_image_position(lvlm_with(first))
         _check_image_position(lvlm_with(last, conv_mode="referseg"))
-        assert not caplog.records
+        assert not package_log.records
         _check_image_position(lvlm_with(last))
-    assert "puts the image after the text" in caplog.text
+    assert "puts the image after the text" in package_log.text
     with pytest.raises(UsageError, match="query_token=expression_end"):
         _check_image_position(lvlm_with(last, "expression_end"))
 
@@ -166,15 +163,15 @@ def test_image_after_the_text_is_said(
         (None, "no chat template"),
     ],
 )
-def test_templates_that_cannot_be_used(template: str | None, words: str) -> None:
+def test_unusable_templates_are_refused(template: str | None, words: str) -> None:
     with pytest.raises(UsageError, match=f"conv_mode.*{words}"):
         _check_image_position(lvlm_with(template))
     _check_image_position(lvlm_with(template, conv_mode="plain"))
 
 
 @pytest.mark.parametrize("conv_mode", ["chat", "plain"])
-def test_one_beginning_of_text(image: Any, conv_mode: str) -> None:
-    """Chat templates write the first token out, and the tokenizer would add it again."""
+def test_bos_occurs_once(image: Any, conv_mode: str) -> None:
+    """Chat templates write BOS, and the tokenizer would add it again."""
     lvlm = lvlm_with("<s>" + filled(EACH + PART + DONE, IMAGE="<image>"), conv_mode=conv_mode)
     lvlm.processor.tokenizer = copy.deepcopy(tokenizer())
     lvlm.processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

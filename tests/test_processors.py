@@ -1,4 +1,4 @@
-"""What a processor lacks is taken from the model's configuration or the tokenizer; what it refuses is one line."""
+"""Processors: missing settings are filled in, and images that they refuse are one-line errors."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-SAID = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+LLAVA_SETTINGS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 
 
 def without(*names: str) -> Callable[[Path], None]:
-    """Leave keys out of the processor's file."""
+    """Remove keys from the processor's file."""
     return lambda folder: edit(folder / "processor_config.json", lambda d: [d.pop(name) for name in names])
 
 
 def old_layout(folder: Path, **changes: Any) -> None:
-    """`preprocessor_config.json` with the image processor's settings alone."""
+    """Only a `preprocessor_config.json`, with the image processor's settings."""
     settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
     (folder / "processor_config.json").unlink()
 
 
 def oldest_layout(folder: Path) -> None:
-    """As CLIP's feature extractors were saved: sizes are numbers, and nothing names the processor."""
+    """As CLIP's feature extractors were saved: sizes are numbers, and no class is named."""
     old_layout(folder, size=48, crop_size=48, feature_extractor_type="CLIPFeatureExtractor")
     edit(folder / "preprocessor_config.json", lambda d: d.pop("image_processor_type"))
 
@@ -60,8 +60,8 @@ def no_padding_anywhere(folder: Path) -> None:
     )
 
 
-LACKING: dict[str, Callable[[Path], None]] = {
-    "patch size and more": without(*SAID),
+REMOVALS: dict[str, Callable[[Path], None]] = {
+    "patch size and more": without(*LLAVA_SETTINGS),
     "extra tokens": without("num_additional_image_tokens"),
     "strategy": without("vision_feature_select_strategy"),
     "processor's file, old": lambda folder: old_layout(folder, processor_class="LlavaProcessor"),
@@ -71,13 +71,11 @@ LACKING: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("lacking", LACKING)
-def test_a_folder_that_lacks_something_gives_the_same_boxes(
-    lacking: str, tmp_path: Path, image: Image.Image
-) -> None:
-    """Two images in one batch, whose prompts differ in length: they are padded."""
+@pytest.mark.parametrize("removed", REMOVALS)
+def test_missing_settings_do_not_change_the_maps(removed: str, tmp_path: Path, image: Image.Image) -> None:
+    """For two images in one batch, with padded prompts."""
     folder = save_llava(tmp_path / "model")
-    LACKING[lacking](folder)
+    REMOVALS[removed](folder)
     images, words = [image, image.copy()], ["the dog", "the red car left"]
     whole = load_model(str(save_llava(tmp_path / "whole")), device="cpu").attend_batch(images, words)
     for found, expected in zip(
@@ -87,7 +85,7 @@ def test_a_folder_that_lacks_something_gives_the_same_boxes(
         assert found.image_box == expected.image_box
 
 
-def test_the_chat_template_of_the_tokenizer(tmp_path: Path, image: Image.Image) -> None:
+def test_a_chat_template_saved_with_the_tokenizer_is_used(tmp_path: Path, image: Image.Image) -> None:
     by_tokenizer, by_processor = save_llava(tmp_path / "tokenizer"), save_llava(tmp_path / "processor")
     edit(by_tokenizer / "tokenizer_config.json", lambda d: d.update(chat_template=TEMPLATE))
     (by_processor / "chat_template.jinja").write_text(TEMPLATE)
@@ -102,10 +100,9 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path, image: Image.Image) 
 @pytest.mark.parametrize(
     "name", ["llava", "llava_siglip", "llava_next", "llava_onevision", "vipllava", "glm4v"]
 )
-def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
-    """Also where there is nothing to fill in."""
+def test_filled_in_settings_are_those_of_the_family(name: str) -> None:
     processor, model = build(RECIPES[name])
-    names = [one for one in (*SAID, "num_image_tokens") if hasattr(processor, one)]
+    names = [one for one in (*LLAVA_SETTINGS, "num_image_tokens") if hasattr(processor, one)]
     expected = {one: getattr(processor, one) for one in names}
     for one in names:
         setattr(processor, one, 0 if one.startswith("num_additional") else None)
@@ -114,7 +111,7 @@ def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "said"),
+    ("name", "settings", "message"),
     [
         ("llava", {"size": {"shortest_edge": 10**6}}, "size.shortest_edge=1e\\+06, more than 16,384 pixels"),
         ("llava", {"crop_size": {"height": 336, "width": 10**9}}, "crop_size.width=1e\\+09"),
@@ -126,15 +123,15 @@ def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
         ),
     ],
 )
-def test_image_settings_that_would_fill_the_memory(name: str, settings: dict[str, Any], said: str) -> None:
+def test_image_settings_that_would_exhaust_memory(name: str, settings: dict[str, Any], message: str) -> None:
     image_processor = build(RECIPES[name])[0].image_processor
     check_image_sizes(image_processor, "x")
-    twin = type(image_processor)(**{**image_processor.to_dict(), **settings})
-    with pytest.raises(UsageError, match=said):
-        check_image_sizes(twin, "x")
+    changed = type(image_processor)(**{**image_processor.to_dict(), **settings})
+    with pytest.raises(UsageError, match=message):
+        check_image_sizes(changed, "x")
 
 
-def test_the_image_token_is_no_padding() -> None:
+def test_the_image_token_is_never_the_padding_token() -> None:
     processor, config = llava_processor(), llava_model().config
     processor.tokenizer = copy(processor.tokenizer)
     for index, expected in ((3, "<unk>"), (config.image_token_index, "</s>"), (10**9, "</s>")):
@@ -148,7 +145,7 @@ THIN = Image.new("RGB", (900, 2))
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
-def test_an_image_beyond_the_aspect_limit(name: str, image: Image.Image) -> None:
+def test_an_image_beyond_the_aspect_limit_is_refused(name: str, image: Image.Image) -> None:
     for ask in (
         lambda lvlm: lvlm.attend(THIN, "the dog"),
         lambda lvlm: lvlm.attend_batch([image, THIN], ["the dog"] * 2),
@@ -161,7 +158,7 @@ def test_an_image_beyond_the_aspect_limit(name: str, image: Image.Image) -> None
 
 
 def test_a_thin_image_has_no_tiles() -> None:
-    """900 x 2 pixels on LLaVA-1.6: of the tiles, padding is all that there is."""
+    """900 x 2 pixels on LLaVA-1.6: the tiles contain nothing but padding."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         maps = tiny("llava_next").attend(THIN, "the dog")
@@ -178,21 +175,21 @@ def test_a_thin_image_has_no_tiles() -> None:
         ("internvl", "<video>"),
     ],
 )
-def test_tokens_of_other_media_are_no_text(name: str, text: str, image: Image.Image) -> None:
+def test_media_tokens_in_an_expression_are_refused(name: str, text: str, image: Image.Image) -> None:
     with pytest.raises(UsageError, match="control token"):
         tiny(name).attend(image, f"the dog {text}")
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "said"),
+    ("error", "kind", "message"),
     [
         (RuntimeError("no\nmore"), UsageError, r"the processor of x .*160 x 90 pixels.*: no$"),
         (TypeError(), UsageError, "TypeError"),
         (MemoryError(), OutOfMemoryError, "batch_size"),
     ],
 )
-def test_whatever_a_processor_says_no_with(
-    error: Exception, kind: type[Exception], said: str, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+def test_errors_of_a_processor_are_one_line(
+    error: Exception, kind: type[Exception], message: str, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lvlm = load_model(device="cpu")
     monkeypatch.setattr(lvlm, "spec", ModelSpec("x"))
@@ -201,12 +198,12 @@ def test_whatever_a_processor_says_no_with(
         raise error
 
     monkeypatch.setattr(type(lvlm.processor), "__call__", failing)
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         lvlm.attend(image, "the dog")
 
 
-def test_a_processor_of_another_model(tmp_path: Path, image: Image.Image) -> None:
-    """Too many image tokens for the tower's features."""
+def test_a_processor_of_another_model_is_refused(tmp_path: Path, image: Image.Image) -> None:
+    """It makes more image tokens than the tower has features."""
     folder = save_llava(tmp_path)
     edit(folder / "processor_config.json", lambda d: d.update(patch_size=4))
     with pytest.raises(UsageError, match="do not match"):
@@ -215,7 +212,7 @@ def test_a_processor_of_another_model(tmp_path: Path, image: Image.Image) -> Non
 
 
 def test_pixels_do_not_depend_on_torchvision() -> None:
-    """Its form of an image processor gives way to Pillow's, settings kept, but where a family cannot do without it."""
+    """Image processors are replaced by those with Pillow, unless the family has none; settings are kept."""
     own = use_pillow(llava_processor().image_processor)
     assert use_pillow(own) is own
     for kind, form in (("CLIPImageProcessor", type(own)), ("FuyuImageProcessor", None), ("Novel", None)):

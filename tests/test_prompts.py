@@ -1,4 +1,4 @@
-"""Prompts: what is said around an expression, and which expressions are refused."""
+"""Prompts: the text around an expression, and expressions that are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from localization_heads.lvlm.text.prompts import (
     ],
 )
 def test_an_expression_ends_in_closing_punctuation(expression: str, closed: str) -> None:
-    """A full stop is added only where none is there: the last token is the query token."""
+    """A full stop is added only if there is no closing mark: the last token is the query token."""
     assert close_sentence(expression) == closed
 
 
@@ -44,31 +44,28 @@ def test_an_expression_ends_in_closing_punctuation(expression: str, closed: str)
     ],
 )
 def test_an_expression_is_cleaned_to_one_line(raw: str, clean: str) -> None:
-    """One line, without the placeholder of LLaVA's data sets."""
     assert clean_expression(raw, ("<image>", "<s>", "</s>")) == clean
 
 
-@pytest.mark.parametrize("raw", ["", " ", "\n\t", "<image>", " <image> \n<image>", "\u3000"])
-def test_nothing_to_look_for(raw: str) -> None:
-    with pytest.raises(UsageError, match="the expression is empty"):
-        clean_expression(raw)
-
-
-@pytest.mark.parametrize("raw", ["</s> the dog", "the<s>dog", "dog <pad>"])
-def test_control_tokens_are_refused_by_name(raw: str) -> None:
-    with pytest.raises(UsageError, match="reads as a control token"):
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        *(
+            (raw, "the expression is empty")
+            for raw in ("", " ", "\n\t", "<image>", " <image> \n<image>", "\u3000")
+        ),
+        *((raw, "reads as a control token") for raw in ("</s> the dog", "the<s>dog", "dog <pad>")),
+        ("the caf\udce9", "not valid Unicode"),  # as from a terminal in another encoding
+    ],
+)
+def test_unusable_expressions_are_refused(raw: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         clean_expression(raw, ("<s>", "</s>", "<pad>", "<image>"))
 
 
-def test_broken_unicode_is_refused() -> None:
-    """As it comes from a terminal in another encoding; a tokenizer would fail on it."""
-    with pytest.raises(UsageError, match="not valid Unicode"):
-        clean_expression("the caf\udce9")
-
-
 @given(st.text())
-def test_a_clean_expression_holds_no_token_and_one_line(raw: str) -> None:
-    """Whatever comes in, and cleaning twice changes nothing."""
+def test_a_clean_expression_is_one_line_without_tokens(raw: str) -> None:
+    """For any text; and cleaning is idempotent."""
     try:
         clean = clean_expression(raw + "<image>", ("<image>", "<s>"))
     except UsageError:
@@ -87,9 +84,7 @@ def test_referseg_is_the_papers_prompt() -> None:
     )
 
 
-def test_each_mode_has_its_own_words() -> None:
-    """Each mode with its own words."""
-
+def test_prompt_of_each_mode() -> None:
     def prompt(mode: str) -> str:
         return expression_prompt(
             "the dog", mode, image_text="<I>", system="S.", chat=lambda text: f"USER: <I> {text} ASSISTANT:"

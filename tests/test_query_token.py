@@ -1,4 +1,4 @@
-"""`query_token`: the expression's tokens are found, and each reading equals eager attention."""
+"""`query_token`: the expression's tokens are found, and the rows of every kind equal eager attention."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-MORE_CALLS = ("answer_mean", "answer_span", "last_and_answer")
-ONE_CALL = [kind for kind in get_args(QueryToken) if kind not in MORE_CALLS]
-"""Those whose rows come from one call of the model; tests/test_answer_*.py have the others."""
+ANSWER_KINDS = ("answer_mean", "answer_span", "last_and_answer")
+SINGLE_CALL = [kind for kind in get_args(QueryToken) if kind not in ANSWER_KINDS]
+"""Kinds whose rows come from one call of the layers; tests/test_answer_*.py have the others."""
 SPANLESS = [kind for kind in get_args(QueryToken) if kind != "answer_span"]
-"""Those that no answer can lack."""
+"""Kinds that work with any answer."""
 CHAT = (
     "{% for m in messages %}this {% for c in m['content'] %}"
     "{% if c['type']=='image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     " , {% endfor %}{% if add_generation_prompt %}the image ?{% endif %}"
 )
-CHAT_ORDER = {
+CHAT_TEMPLATES = {
     "chatml": "<start>user\n<start><image><end>{}<end>\n<start>assistant\n",
     "llama": "<s>user: <image>\n{} assistant:",
 }
 RENDERERS = {
     "referseg": lambda text: referseg_prompt(text, "<image>"),
     "plain": lambda text: referseg_prompt(text, "<image>", ""),
-    **{name: template.format for name, template in CHAT_ORDER.items()},
+    **{name: template.format for name, template in CHAT_TEMPLATES.items()},
 }
 
 
 class Slow:
-    """A tokenizer that cannot say where its tokens come from."""
+    """A tokenizer without offsets."""
 
     is_fast = False
 
@@ -70,17 +70,15 @@ class Slow:
     "expression", ["the red car", "a", "user", "assistant", "the dog.", "café", "左边的狗", "second giraffe?"]
 )
 @pytest.mark.parametrize("slow", [False, True])
-def test_expression_is_found(kind: str, mode: str, expression: str, slow: bool) -> None:
-    """In any template, behind the image's tokens, padded; also where the template says the same words."""
+def test_expression_tokens_are_found(kind: str, mode: str, expression: str, slow: bool) -> None:
+    """In any template, after image tokens, with padding, and if the template contains the same words."""
     coder = tiny_tokenizer(kind)
     prompt = locate_expression(RENDERERS[mode], expression)
     assert prompt.expression == expression.rstrip(".?")
     ids = coder("<pad><pad>" + prompt.text.replace("<image>", "<image>" * 9))["input_ids"]
     rest = prompt.text[prompt.start :]
     if slow and spelled(rest, unknown="?") not in spelled(coder.decode(ids), unknown="?"):
-        with pytest.raises(
-            UsageError, match="query_token"
-        ):  # no guess where the tokens do not spell the text
+        with pytest.raises(UsageError, match="query_token"):  # the tokens do not spell the text
             expression_tokens(Slow(coder), prompt, ids)
         return
     span = expression_tokens(Slow(coder) if slow else coder, prompt, ids)
@@ -97,16 +95,16 @@ def spelled(text: str, unknown: str = "") -> str:
     return text if unknown else text.lower().replace("é", "e")
 
 
-def test_expression_that_is_not_there() -> None:
+def test_a_missing_expression_is_refused() -> None:
     coder = tiny_tokenizer("byte-level")
     with pytest.raises(UsageError, match="query_token"):
         expression_tokens(coder, Prompt("<image> the dog.", 8, 15), coder("<image> a car.")["input_ids"])
 
 
-def test_template_that_rewrites_the_expression() -> None:
+def test_templates_that_rewrite_or_drop_the_expression() -> None:
     assert locate_expression(lambda text: f"say: {text.strip().lower()}!", "a dog").start == 5
     with pytest.raises(UsageError, match="conv_mode"):
-        locate_expression(lambda text: "nothing of it", "a dog")
+        locate_expression(lambda text: "something else", "a dog")
 
 
 def test_last_token_of_right_padded_prompts() -> None:
@@ -134,7 +132,7 @@ def tiny_lvlm(
 
 
 def reference(lvlm: LVLM, inputs: dict[str, torch.Tensor], span: list[list[int]]) -> torch.Tensor:
-    """[layer, B, H, T] from eager attention: the query token's row, or the mean of those of the expression."""
+    """[layer, B, H, T] from eager attention: the query token's row, or the mean of the expression's."""
     lvlm.model.set_attn_implementation("eager")
     T = inputs["input_ids"].shape[1]
     with torch.inference_mode():
@@ -156,25 +154,25 @@ def reference(lvlm: LVLM, inputs: dict[str, torch.Tensor], span: list[list[int]]
 
 
 def keys_of_prompt(row: torch.Tensor, T: int) -> torch.Tensor:
-    """A sliding window has forgotten the first keys."""
+    """Pad with zeros for the first keys, which a sliding window has dropped."""
     missing = T + 1 - row.shape[-1]
     return torch.cat([row.new_zeros(*row.shape[:-1], missing), row], -1)[..., :T]
 
 
-@pytest.mark.parametrize("query_token", ONE_CALL)
+@pytest.mark.parametrize("query_token", SINGLE_CALL)
 @pytest.mark.parametrize("conv_mode", ["referseg", "plain", "chat"])
 @pytest.mark.parametrize("expressions", [["red car"], ["the dog", "the left red dog , this car", "car."]])
 def test_rows_equal_those_of_eager_attention(
     image: Any, query_token: str, conv_mode: str, expressions: list[str]
 ) -> None:
-    """Also in left-padded batches, where every sample has its own positions."""
+    """Also in left-padded batches, in which every sample has its own positions."""
     check_against_eager(tiny_lvlm(query_token, conv_mode), image, expressions)
 
 
-@pytest.mark.parametrize("query_token", ONE_CALL)
+@pytest.mark.parametrize("query_token", SINGLE_CALL)
 @pytest.mark.parametrize("text", ["mistral", "gemma2"])
 def test_rows_equal_those_of_eager_attention_with_a_window(image: Any, query_token: str, text: str) -> None:
-    """A sliding window shorter than the prompt: at the decoding step its cache holds the last keys only."""
+    """The window is shorter than the prompt: at the decoding step the cache holds only the last keys."""
     options: dict[str, Any] = {"text": text, "sliding_window": 24}
     if text == "gemma2":
         options |= {"head_dim": 8, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 2.0}
@@ -186,11 +184,9 @@ def test_rows_equal_those_of_eager_attention_with_a_window(image: Any, query_tok
 @pytest.mark.parametrize(
     "name", ["qwen2_vl", "internvl", "idefics3", "paligemma", "gemma3", "mllama", "llava_next"]
 )
-@pytest.mark.parametrize("query_token", ONE_CALL)
-def test_rows_equal_those_of_eager_attention_in_every_kind_of_family(
-    image: Any, name: str, query_token: str
-) -> None:
-    """Against eager, in a batch of different sizes: marks, tiles, bidirectional prefixes, cross-attention."""
+@pytest.mark.parametrize("query_token", SINGLE_CALL)
+def test_rows_equal_those_of_eager_attention_in_families(image: Any, name: str, query_token: str) -> None:
+    """In a batch of different sizes: special tokens, tiles, bidirectional prefixes, cross-attention."""
     lvlm = copy.copy(tiny(name))
     lvlm.query_token = query_token
     images = [image, image.resize((200, 300))]
@@ -234,7 +230,7 @@ def test_query_tokens_give_different_maps(image: Any) -> None:
 
 
 @pytest.mark.parametrize("query_token", SPANLESS)
-def test_early_exit_reads_the_same_rows(image: Any, query_token: str) -> None:
+def test_early_exit_gives_the_same_rows(image: Any, query_token: str) -> None:
     before = dict(AttentionInterface._global_mapping)
     lvlm = tiny_lvlm(query_token)
     early = lvlm.attend(image, "the dog", last_layer=1).attention
@@ -243,8 +239,8 @@ def test_early_exit_reads_the_same_rows(image: Any, query_token: str) -> None:
     assert before == AttentionInterface._global_mapping
 
 
-def test_caches_never_mix(image: Any, tmp_path: Path) -> None:
-    """A batch with another query token, and back: the files are those of the token that was asked for last."""
+def test_stored_maps_of_query_tokens_are_kept_apart(image: Any, tmp_path: Path) -> None:
+    """Another query token, and back: the files are those of the last one asked for."""
     image.save(tmp_path / "noise.png")
     lines = [
         {"id": f"e{n}", "prompt": p, "image_path": "noise.png"}
@@ -302,7 +298,7 @@ def lone_space_lvlm(query_token: str = "last", conv_mode: str = "referseg", **op
         ),
     ],
 )
-def test_lone_spaces_go_as_in_the_published_code(
+def test_lone_spaces_are_dropped_as_in_the_published_code(
     image: Any, expression: str, kept: list[int], dropped: list[int]
 ) -> None:
     for expected, drop in ((kept, False), (dropped, True)):
@@ -311,10 +307,10 @@ def test_lone_spaces_go_as_in_the_published_code(
         assert ids[len(ids) - ids[::-1].index(32000) :] == expected
         assert (29871 in ids[: ids.index(32000)]) is not drop  # in the system sentence too
         assert lvlm.choices["drop_lone_spaces"] is drop
-    assert lone_space_id(tokenizer()) is None  # nothing to drop, and nothing is
+    assert lone_space_id(tokenizer()) is None  # a tokenizer without lone spaces
 
 
-def test_a_token_goes_from_a_batch_padded_on_either_side() -> None:
+def test_removing_a_token_from_a_batch_padded_on_either_side() -> None:
     ids = torch.tensor([[5, 7, 6, 7], [8, 9, 0, 0]])
     given = {"input_ids": ids, "attention_mask": (ids != 0).long(), "token_type_ids": ids % 2, "other": 3}
     right = remove_token(given, 7, side="right", pad=1)
@@ -334,8 +330,10 @@ def test_a_token_goes_from_a_batch_padded_on_either_side() -> None:
 
 @pytest.mark.parametrize("query_token", SPANLESS)
 @pytest.mark.parametrize("conv_mode", ["referseg", "chat"])
-def test_without_lone_spaces_all_ways_agree(image: Any, query_token: str, conv_mode: str) -> None:
-    """One by one, in a padded batch, and with the image encoded once; and eager attention on the ids by hand."""
+def test_without_lone_spaces_single_batched_and_shared_maps_agree(
+    image: Any, query_token: str, conv_mode: str
+) -> None:
+    """And they equal eager attention on ids filtered by hand."""
     lvlm = lone_space_lvlm(query_token, conv_mode, drop_lone_spaces=True)
     alone = [lvlm.attend(image, expression).attention for expression in LONE]
     batch_of = prepare_unshared(lvlm, [image] * len(LONE), LONE)(None)

@@ -1,7 +1,7 @@
-"""Folders with chat templates and image settings as the checkpoints have them: prompt, query token, conv_mode, grid.
+"""Chat templates and image settings as in the real checkpoints: prompt, query token, conv_mode, grid.
 
-The formats of the prompts and the sizes are facts that the checkpoints' cards and configurations publish; the templates
-are written here.
+Prompt formats and sizes are those that the checkpoints' cards and configurations publish; the templates are written
+here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from family_models import tiny
+from family_recipes import square
 
 from localization_heads.lvlm.checkpoints import loading
 from localization_heads.lvlm.checkpoints.loading import load_model
@@ -25,7 +26,7 @@ from localization_heads.options.groups import ModelSpec
 
 
 def turns(user: str, image: str, after: str, assistant: str, first: str = "") -> str:
-    """A template that writes each turn as `user`, its parts in their order, `after`; then where the answer begins."""
+    """A template that writes each turn as `user`, its parts in order, `after`; then the beginning of the answer."""
     parts = f"{{% if c.type == 'image' %}}{image}{{% else %}}{{{{ c.text }}}}{{% endif %}}"
     each = (
         f"{{% for m in messages %}}{user}{{% for c in m.content %}}{parts}{{% endfor %}}{after}{{% endfor %}}"
@@ -116,7 +117,7 @@ PROMPTS = {
 
 
 def saved(name: str, folder: Path, **files: Any) -> Path:
-    """A tiny model of the family, with files of the real checkpoint beside it."""
+    """Save a tiny model of the family, with JSON files as in the real checkpoint."""
     lvlm = tiny(name)
     lvlm.processor.save_pretrained(folder)
     lvlm.model.save_pretrained(folder)
@@ -126,15 +127,15 @@ def saved(name: str, folder: Path, **files: Any) -> Path:
 
 
 def with_template(name: str, folder: Path) -> LVLM:
-    """`chat_template.jinja` is where checkpoints keep it now."""
+    """Load a tiny model whose folder has a `chat_template.jinja`, as checkpoints have it now."""
     saved(name, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     return load_model(str(folder), device="cpu")
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_the_prompt_of_a_chat_model_is_its_own(name: str, tmp_path: Path) -> None:
-    """Nothing is asked for: the family takes the chat template, whose end, where the answer begins, is the query."""
+def test_chat_models_default_to_their_chat_template(name: str, tmp_path: Path) -> None:
+    """Without options; the query is the last token, where the answer begins."""
     lvlm = with_template(name, tmp_path)
     assert lvlm.conv_mode == "chat"
     assert lvlm.prompt("the dog") == PROMPTS[name]
@@ -142,13 +143,12 @@ def test_the_prompt_of_a_chat_model_is_its_own(name: str, tmp_path: Path) -> Non
     inputs = lvlm.model_inputs([coordinate_image(64, 48)], [PROMPTS[name]])
     assert lvlm.query([lvlm.located_prompt("the dog")], inputs).positions is None  # the last token
     ids = inputs["input_ids"][0].tolist()
-    assert ids.count(lvlm.image_token_id) == tiny(name).model_inputs(
-        [coordinate_image(64, 48)], [tiny(name).prompt("the dog")]
-    )["input_ids"][0].tolist().count(lvlm.image_token_id)
+    plain = tiny(name).model_inputs([coordinate_image(64, 48)], [tiny(name).prompt("the dog")])
+    assert ids.count(lvlm.image_token_id) == plain["input_ids"][0].tolist().count(lvlm.image_token_id)
 
 
-def test_llava_on_vicuna_is_asked_as_in_the_paper(tmp_path: Path) -> None:
-    """Its chat template is for conversations; the query token is the full stop."""
+def test_llava_on_vicuna_defaults_to_the_papers_prompt(tmp_path: Path) -> None:
+    """Its chat template is used only on request."""
     lvlm = with_template("llava", tmp_path)
     assert lvlm.conv_mode == "referseg"
     prompt = lvlm.prompt("the dog")
@@ -156,18 +156,19 @@ def test_llava_on_vicuna_is_asked_as_in_the_paper(tmp_path: Path) -> None:
     assert lvlm.prompted("chat").prompt("the dog") == "USER: <image>\nthe dog. ASSISTANT:"
 
 
-def test_a_template_in_the_older_place(tmp_path: Path) -> None:
+def test_a_template_in_the_old_file(tmp_path: Path) -> None:
     """`chat_template.json`, as checkpoints of 2024 have it."""
     saved("qwen2_vl", tmp_path, chat_template={"chat_template": TEMPLATES["qwen2_vl"]})
     assert load_model(str(tmp_path), device="cpu").prompt("the dog") == PROMPTS["qwen2_vl"]
 
 
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 SETTINGS = {
     # LLaVA-1.5: the short side to 336 and a centre crop; padded by us, as the paper's code does
     "llava": (
         {
-            "crop_size": {"height": 336, "width": 336},
+            "crop_size": square(336),
             "do_center_crop": True,
             "do_convert_rgb": True,
             "do_normalize": True,
@@ -183,7 +184,7 @@ SETTINGS = {
     # LLaVA-1.6: tiles of 336 on a canvas of 672 x 672, of which the image fills 672 x 504
     "llava_next": (
         {
-            "crop_size": {"height": 336, "width": 336},
+            "crop_size": square(336),
             "do_center_crop": True,
             "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
             "image_processor_type": "LlavaNextImageProcessor",
@@ -197,11 +198,10 @@ SETTINGS = {
     "deepseek_vl": (
         {
             "background_color": [127, 127, 127],
-            "image_mean": [0.5] * 3,
+            **HALF,
             "image_processor_type": "DeepseekVLImageProcessor",
-            "image_std": [0.5] * 3,
             "min_size": 14,
-            "size": {"height": 384, "width": 384},
+            "size": square(384),
         },
         {"whole": ((24, 24), (0, -80, 640, 560))},
     ),
@@ -209,9 +209,8 @@ SETTINGS = {
     "idefics3": (
         {
             "do_image_splitting": True,
-            "image_mean": [0.5] * 3,
+            **HALF,
             "image_processor_type": "Idefics3ImageProcessor",
-            "image_std": [0.5] * 3,
             "max_image_size": {"longest_edge": 364},
             "resample": 1,
             "size": {"longest_edge": 1456},
@@ -222,9 +221,8 @@ SETTINGS = {
     "smolvlm": (
         {
             "do_image_splitting": True,
-            "image_mean": [0.5] * 3,
+            **HALF,
             "image_processor_type": "SmolVLMImageProcessor",
-            "image_std": [0.5] * 3,
             "max_image_size": {"longest_edge": 512},
             "resample": 1,
             "size": {"longest_edge": 2048},
@@ -247,9 +245,8 @@ SETTINGS = {
     # Qwen3-VL: areas under the names of sides, patches of 16
     "qwen3_vl": (
         {
-            "image_mean": [0.5] * 3,
+            **HALF,
             "image_processor_type": "Qwen2VLImageProcessorFast",
-            "image_std": [0.5] * 3,
             "merge_size": 2,
             "patch_size": 16,
             "size": {"longest_edge": 16777216, "shortest_edge": 65536},
@@ -278,7 +275,7 @@ SETTINGS = {
             "image_std": [0.229, 0.224, 0.225],
             "max_patches": 12,
             "min_patches": 1,
-            "size": {"height": 448, "width": 448},
+            "size": square(448),
         },
         {"whole": ((16, 16), (0, 0, 640, 480)), "tiles": ((48, 64), (0, 0, 640, 480))},
     ),
@@ -288,7 +285,7 @@ SETTINGS = {
         {
             "image_grid_pinpoints": [[384 * h, 384 * w] for h in range(1, 7) for w in range(1, 7)],
             "image_processor_type": "LlavaOnevisionImageProcessor",
-            "size": {"height": 384, "width": 384},
+            "size": square(384),
             **CLIP,
         },
         {"whole": ((27, 27), (0, 0, 630, 472)), "tiles": ((40, 54), (0, 2, 635, 473))},
@@ -297,22 +294,20 @@ SETTINGS = {
     "gemma3": (
         {
             "do_pan_and_scan": None,
-            "image_mean": [0.5] * 3,
+            **HALF,
             "image_processor_type": "Gemma3ImageProcessor",
             "image_seq_length": 256,
-            "image_std": [0.5] * 3,
-            "size": {"height": 896, "width": 896},
+            "size": square(896),
         },
         {"whole": ((16, 16), (0, 0, 640, 480))},
     ),
     # PaliGemma at 448 pixels
     "paligemma": (
         {
-            "image_mean": [0.5] * 3,
+            **HALF,
             "image_processor_type": "SiglipImageProcessor",
             "image_seq_length": 1024,
-            "image_std": [0.5] * 3,
-            "size": {"height": 448, "width": 448},
+            "size": square(448),
         },
         {"whole": ((32, 32), (0, 0, 640, 480))},
     ),
@@ -322,7 +317,7 @@ SETTINGS = {
             "do_pad": True,
             "image_processor_type": "MllamaImageProcessor",
             "max_image_tiles": 4,
-            "size": {"height": 560, "width": 560},
+            "size": square(560),
             **CLIP,
         },
         {"whole": ((40, 80), (0, 0, 1120, 560))},
@@ -341,7 +336,7 @@ SETTINGS = {
     "pixtral": (
         {
             "image_processor_type": "PixtralImageProcessor",
-            "patch_size": {"height": 16, "width": 16},
+            "patch_size": square(16),
             "size": {"longest_edge": 1024},
             **CLIP,
         },
@@ -357,7 +352,7 @@ PROCESSORS = {
     "mistral3": {"patch_size": 14, "processor_class": "PixtralProcessor", "spatial_merge_size": 2},
     "pixtral": {"patch_size": 16, "processor_class": "PixtralProcessor"},
 }
-"""`processor_config.json`, where a checkpoint of the family has one."""
+"""`processor_config.json`, if checkpoints of the family have one."""
 CONFIGS = {
     "internvl": {"vision_config.image_size": [448, 448], "image_seq_length": 256},
     "gemma3": {"vision_config.image_size": 896, "mm_tokens_per_image": 256},
@@ -365,12 +360,12 @@ CONFIGS = {
     "mllama": {"vision_config.image_size": 560},
     "pixtral": {"vision_config.image_size": 1024, "vision_config.patch_size": 16},
 }
-"""What the checkpoint's `config.json` says where that of the tiny one says something else."""
+"""Settings in which the checkpoint's `config.json` differs from the tiny model's."""
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_image_settings_as_checkpoints_have_them(name: str, tmp_path: Path) -> None:
-    """`preprocessor_config.json` in the words of its time; a COCO image of 640 x 480. The weights take no part."""
+def test_grids_with_the_image_settings_of_checkpoints(name: str, tmp_path: Path) -> None:
+    """Each `preprocessor_config.json` in the format of its time, for an image of 640 x 480."""
     settings, expected = SETTINGS[name]
     lvlm, config = copy(tiny(name)), deepcopy(tiny(name).model.config)
     for place, value in CONFIGS.get(name, {}).items():

@@ -1,4 +1,4 @@
-"""Every family as a folder that somebody saved: it loads, with torchvision or without, and `doctor` finds it well."""
+"""Every family saved to a folder: it loads, with torchvision or without, and passes `doctor`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from localization_heads.lvlm.checks.footprints import coordinate_image
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_a_saved_family_loads_and_is_well(name: str, tmp_path: Path) -> None:
-    """Of a processor with a video half, transformers alone would load neither that half nor the rest."""
+def test_a_saved_family_loads_and_passes_doctor(name: str, tmp_path: Path) -> None:
+    """Without torchvision, transformers itself would not load a processor with a video part at all."""
     lvlm = tiny(name)
     lvlm.processor.save_pretrained(tmp_path)
     lvlm.model.save_pretrained(tmp_path)
     loaded, image = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_image(64, 48)
     found = examine(loaded, image, "the red car")
     assert found.is_well, (found.problem, found.check)
-    if name in ("fast_vlm", "llava"):  # loaded, it pads, as its family does
+    if name in ("fast_vlm", "llava"):  # these pad by default when loaded
         return
-    loaded.processor.tokenizer = lvlm.processor.tokenizer  # some families split words in their own way
+    loaded.processor.tokenizer = lvlm.processor.tokenizer  # some families tokenize differently once saved
     expected, actual = lvlm.attend(image, "the dog"), loaded.attend(image, "the dog")
     assert actual.image_box == expected.image_box
     np.testing.assert_allclose(actual.attention, expected.attention, rtol=0, atol=1e-5)
 
 
-def test_the_thinker_of_a_whole_omni_model(tmp_path: Path) -> None:
-    """Checkpoints of Qwen-Omni have the part that reads and writes beside others, and under a name."""
+def test_the_thinker_of_a_complete_omni_checkpoint(tmp_path: Path) -> None:
+    """Checkpoints of Qwen-Omni have the language model beside other parts, under the prefix `thinker`."""
     lvlm = tiny("qwen2_5_omni_thinker")
     lvlm.processor.save_pretrained(tmp_path)
     lvlm.model.save_pretrained(tmp_path)

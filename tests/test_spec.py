@@ -1,8 +1,7 @@
-"""What is known of a checkpoint before it is loaded."""
+"""The spec of a checkpoint, by name and from options, and the name of its output folder."""
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ def values(stem: str, **changes: Any) -> ModelSpec:
     return ModelSpec.of({**to_plain(known_specs()[stem]), **changes}, "model.")
 
 
-def test_the_shipped_models() -> None:
+def test_known_models() -> None:
     specs = known_specs()
     assert specs["llava"].name == "llava-hf/llava-1.5-7b-hf"
     assert specs["llava-13b"].name == "llava-hf/llava-1.5-13b-hf"
@@ -33,32 +32,31 @@ def test_the_shipped_models() -> None:
     assert len({spec.folder for spec in specs.values()}) == len(specs)
 
 
-def test_a_spec_is_found_by_stem_by_name_or_made() -> None:
+def test_specs_are_found_by_stem_or_name() -> None:
     assert find_spec("llava") is find_spec("llava-hf/llava-1.5-7b-hf") is known_specs()["llava"]
     assert find_spec("someone/some-model") == ModelSpec(name="someone/some-model")
 
 
 @pytest.mark.parametrize("original", sorted(CONVERTED))
-def test_original_llava_ids_are_taken_as_their_twins_with_a_notice(
-    original: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_original_llava_ids_are_replaced_by_converted_ones(
+    original: str, package_log: pytest.LogCaptureFixture
 ) -> None:
     """From Python and from the command line."""
-    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
     for find in (find_spec, lambda name: compose_spec(values("tiny", name=name), "tiny")):
-        caplog.clear()
+        package_log.clear()
         assert find(original).name == CONVERTED[original]
-        assert [r.getMessage() for r in caplog.records if original in r.getMessage()], "no notice"
+        assert [r.getMessage() for r in package_log.records if original in r.getMessage()], "no notice"
 
 
-def test_another_name_takes_the_facts_of_that_model() -> None:
-    """`model.name=` with the embedded model's config must not keep the embedded model's facts."""
+def test_a_known_name_brings_its_own_settings() -> None:
+    """`model.name=` with the embedded model's config must not keep the embedded model's settings."""
     assert compose_spec(values("tiny", name="llava-hf/llava-1.5-7b-hf"), "tiny") == known_specs()["llava"]
     other = compose_spec(values("llava", name="someone/some-model"), "llava")
     assert other == ModelSpec(name="someone/some-model")
     assert other.folder == "someone--some-model"
 
 
-def test_what_the_user_overrode_stays() -> None:
+def test_options_set_by_the_user_are_kept() -> None:
     changes = {"name": "llava-hf/llava-1.5-7b-hf", "dtype": "bfloat16", "heads": ["1-2"]}
     spec = compose_spec(values("tiny", **changes), "tiny")
     assert (spec.dtype, spec.heads, spec.pad_to_square) == ("bfloat16", (Head(1, 2),), True)
@@ -69,7 +67,7 @@ def test_what_the_user_overrode_stays() -> None:
     ("changes", "said"),
     [({"size": 7}, r"model\.size"), ({"heads": ["14"]}, r"model\.heads"), ({"heads": 5}, r"model\.heads")],
 )
-def test_wrong_options_of_a_model_are_named(changes: dict[str, object], said: str) -> None:
+def test_invalid_model_options_are_named(changes: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         compose_spec(values("tiny", **changes), "tiny")
 
@@ -86,35 +84,34 @@ def test_wrong_options_of_a_model_are_named(changes: dict[str, object], said: st
         ("..", ".+-[0-9a-f]{8}"),
     ],
 )
-def test_folders_are_named_after_models(name: str, folder: str) -> None:
+def test_output_folder_of_a_model(name: str, folder: str) -> None:
     assert re.fullmatch(folder, model_folder(name))
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1))
-def test_a_folder_name_is_one_plain_name(name: str) -> None:
-    """Nothing leads out of the output folder."""
+def test_output_folders_stay_inside_their_parent(name: str) -> None:
     folder = model_folder(name)
     assert folder not in ("", ".", "..")
     assert "/" not in folder
     assert "\\" not in folder
 
 
-def test_what_the_user_wrote_is_kept_though_it_equals_the_chosen_file(tmp_path: Path) -> None:
-    """`tiny` is float32 anyway; whoever writes model.dtype=float32 for another checkpoint means it."""
+def test_an_option_equal_to_the_chosen_file_is_kept_if_the_user_wrote_it(tmp_path: Path) -> None:
+    """`tiny` is float32, but model.dtype=float32 with another checkpoint is a choice."""
     asked = values("tiny", name=str(tmp_path), dtype="float32")
     assert compose_spec(asked, "tiny", ["model.name=x"]).dtype == "auto"
     assert compose_spec(asked, "tiny", ["model.name=x", "model.dtype=float32"]).dtype == "float32"
 
 
-def test_a_local_copy_of_a_known_checkpoint_keeps_its_facts(tmp_path: Path) -> None:
+def test_a_local_copy_of_a_known_checkpoint_keeps_its_settings(tmp_path: Path) -> None:
     spec = compose_spec(
         values("llava", name=str(tmp_path)), "llava", ["model=llava", f"model.name={tmp_path}"]
     )
     assert (spec.name, spec.heads, spec.pad_to_square) == (str(tmp_path), known_specs()["llava"].heads, True)
 
 
-def test_an_id_that_nobody_described_takes_the_facts_that_the_user_names() -> None:
-    """But a described one has facts of its own."""
+def test_an_unknown_id_takes_the_settings_of_the_chosen_model() -> None:
+    """A known one has settings of its own."""
     asked = ["model=llava", "model.name=x"]
     spec = compose_spec(values("llava", name="someone/tuned"), "llava", asked)
     assert spec == replace(known_specs()["llava"], name="someone/tuned")
@@ -122,6 +119,6 @@ def test_an_id_that_nobody_described_takes_the_facts_that_the_user_names() -> No
         assert compose_spec(values("llava", name=name), "llava", asked) == known_specs()["llava-13b"]
 
 
-def test_two_folders_of_one_name_do_not_share_their_files() -> None:
+def test_folders_of_equal_names_have_separate_outputs() -> None:
     assert ModelSpec("/a/llava").folder != ModelSpec("/b/llava").folder
     assert ModelSpec("/a/tiny").folder != "tiny"

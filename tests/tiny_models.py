@@ -81,7 +81,7 @@ def llava_model(*, seed: int = 0, attention: str = "sdpa", **options: Any) -> Ll
 
 
 def llava_processor(*, side: int = 48, patch: int = 8, mode: str = "crop") -> LlavaProcessor:
-    """`mode`: crop (llava-hf's default), pad (the original LLaVA) or squeeze (plain resizing)."""
+    """`mode`: crop (llava-hf's default), pad (the original LLaVA) or squeeze (resizing without the aspect)."""
     size = {"height": side, "width": side}
     if mode == "pad":
         images: Any = LlavaImageProcessorPil(size={"shortest_edge": side}, crop_size=size, do_pad=True)
@@ -99,7 +99,7 @@ def llava_processor(*, side: int = 48, patch: int = 8, mode: str = "crop") -> Ll
 
 
 def save_llava(folder: str | Path) -> Path:
-    """A random LLaVA saved as anyone would save one."""
+    """Save a random LLaVA with `save_pretrained`."""
     llava_model().save_pretrained(folder)
     llava_processor().save_pretrained(folder)
     return Path(folder)
@@ -113,7 +113,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def save_overflowing(folder: Path) -> Path:
-    """A checkpoint whose attention is NaN where the expression has the word dog, as half precision has it."""
+    """Save a checkpoint whose attention is NaN if the expression has the word dog, as after an overflow."""
     model = llava_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer().convert_tokens_to_ids("dog")] = float("inf")

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that vision-language models use, trained here on a few sentences."""
+"""Small tokenizers of every kind that vision-language models use, trained on a few sentences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _byte_level() -> Tokenizer:
 
 
 def _metaspace(prepend: str) -> Tokenizer:
-    """SentencePiece's kind, with (Llama 2) or without (Gemma) a blank put before the first word."""
+    """SentencePiece's kind, with (Llama 2) or without (Gemma) a space before the first word."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
@@ -38,7 +38,7 @@ def _metaspace(prepend: str) -> Tokenizer:
 
 
 def _word_pieces() -> Tokenizer:
-    """BERT's kind: lower case, no accents, no blanks."""
+    """BERT's kind: lower case, no accents, no spaces."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -48,7 +48,7 @@ def _word_pieces() -> Tokenizer:
 
 
 def _words() -> Tokenizer:
-    """Whole words; those it does not know are all the same token."""
+    """Whole words; unknown ones are all the same token."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator(CORPUS[:2], trainers.WordLevelTrainer(special_tokens=SPECIAL))
@@ -79,12 +79,12 @@ LLAMA_IDS = {
     **{letter: 29900 + place for place, letter in enumerate("acdefghilmnorstu")},
     **{".": 29889, "3": 29941, "th": 31990, "do": 31991, "dog": 31992, "<image>": 32000, "<pad>": 32001},
 }
-"""Tokens of LLaMA under its own ids, as far as prompts about a dog need them; letters under ids of their own."""
+"""LLaMA's tokens and ids, as far as prompts about a dog need them; the ids of letters are made up."""
 
 
 @cache
 def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """LLaMA's kind: a space before every piece of text, which is a token by itself if none begins with it."""
+    """LLaMA's kind: a space before every text, which is a token of its own if no longer token begins with it."""
     merges = [("t", "h"), ("th", "e"), ("d", "o"), ("do", "g"), ("i", "n"), ("▁", "dog"), ("▁", "in")]
     tokenizer = Tokenizer(models.BPE(LLAMA_IDS, merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -102,8 +102,8 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def melting_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with the merges of Llama 3's and Qwen's kind that meet here: `".` is one token, `).` is two."""
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges like those of Llama 3 and Qwen: `".` is one token, `).` is two."""
     words = ["EXIT", " dog", " left", " sign", " the", "the", ' "', '".']
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spelled = [word.replace(" ", "Ġ") for word in words]
