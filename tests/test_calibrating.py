@@ -106,7 +106,7 @@ def test_presence_is_fitted_only_with_absent_entries():
 def test_fifty_labels_adapt_a_calibration_to_a_new_domain():
     known = calibrate(labelled(2000), RECIPE)
     adapted = recalibrate(labelled(50, shift=3.0, seed=5), known)
-    assert adapted.num_labels == 50 and adapted.names == known.names
+    assert adapted.num_labels == 50 and adapted.signal_names == known.signal_names
     test = labelled(2000, shift=3.0, seed=6)
     accuracy = test.right.mean()
     before, after = (np.mean([c.confidence(row) for row in test.signals]) for c in (known, adapted))
