@@ -1,7 +1,7 @@
 """One row per model family: what a tiny random model of it is built from (`family_models.tiny`).
 
-The image geometry (sizes, patches, tiles) is that of the family's checkpoints, or smaller and of the same kind; widths
-and depths are as small as the architecture allows. Rows that share a shape come from the functions at the top.
+The image geometry (sizes, patches, tiles) is that of the checkpoints, or a smaller one of the same kind; widths and
+depths are as small as the architecture allows. Functions above the table make rows that families share.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Recipe:
             `field=token`; a field whose name ends with `_ids` holds those of several tokens.
         config: other fields of the configuration.
         processor: options of the processor.
-        processor_prefix: of the processor's class, if it is that of another family.
+        processor_prefix: prefix of the processor's class, if it is another family's.
         model_class: name of the model class; by default `<prefix>ForConditionalGeneration`.
         sound: the feature extractor, if the processor needs one.
         video: the video processor, if the processor is to keep its video part.
@@ -109,7 +109,7 @@ def timm_tower(architecture: str, **options: Any) -> dict[str, Any]:
 
 
 def sam_tower(side: int, patch: int, **options: Any) -> dict[str, Any]:
-    """Windows of one patch: its attention, which cannot be switched off otherwise, sees that alone."""
+    """A tower whose attention is confined to single patches (windows of one), so that footprints stay sharp."""
     windows = {"window_size": 1, "global_attn_indexes": [], "initializer_range": 0.02}
     return tower(
         None, side, patch, intermediate_size=None, output_channels=8, mlp_dim=16, **windows, **options
@@ -130,7 +130,7 @@ def mrope(*sections: int, **options: Any) -> dict[str, Any]:
 
 
 def chat_template(image: str) -> str:
-    """A template that writes an image like this, and nothing around the text."""
+    """A template that writes this for an image, and nothing around the text."""
     part = f"{{% if c.type == 'image' %}}{image}{{% else %}}{{{{ c.text }}}}{{% endif %}}"
     return f"{{% for m in messages %}}{{% for c in m.content %}}{part}{{% endfor %}}{{% endfor %}}"
 
@@ -204,7 +204,7 @@ LLAVA_PROCESSOR = {
 }
 
 
-# --- rows of one shape
+# --- rows that families share
 
 
 def llava_like(prefix: str, images: Part, language_model: str = "llama", **config: Any) -> Recipe:
@@ -335,7 +335,7 @@ def got_like(prefix: str, patch: int, finish: Callable[[Any, Any], Any] | None =
 
 
 def minicpm_like(prefix: str, images: str = "MiniCPMV4_6", **marks: str) -> Recipe:
-    """Tiles need not be square; one layer of linear attention."""
+    """Non-square tiles, and one layer of linear attention."""
     spans = ("image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
     return Recipe(
         prefix,
@@ -349,22 +349,22 @@ def minicpm_like(prefix: str, images: str = "MiniCPMV4_6", **marks: str) -> Reci
     )
 
 
-# --- last touches
+# --- changes of a tokenizer, a processor or a model
 
 
 def fuyu_tokenizer(tokenizer: Any) -> None:
-    """The processor drops the first of the image's tokens: the tokenizer has to write one before them."""
+    """Insert a word before the image tokens, of which the processor drops the first."""
     tokenizer.add_tokens([AddedToken(token, normalized=True) for token in ("|SPEAKER|", "|NEWLINE|")])
     tokenizer.backend_tokenizer.normalizer = Replace(Regex(r"^(?=\|SPEAKER\|\|)"), "this ")
 
 
 def use_eager(_: Any, model: Any) -> None:
-    """Soft-capped logits need it."""
+    """The only attention that soft-caps logits."""
     model.set_attn_implementation("eager")
 
 
 def pan_and_scan(processor: Any, _: Any) -> None:
-    """The processor's own defaults switch it off, whatever its image processor says."""
+    """Switched off by the processor's own defaults, whatever its image processor says."""
     processor.images_kwargs = {
         "do_convert_rgb": True,
         "do_pan_and_scan": True,
@@ -379,19 +379,19 @@ def return_token_types(processor: Any, _: Any) -> None:
 
 
 def as_glmga(_: Any, model: Any) -> Any:
-    """The model of GLM-4.6V under a name of its own."""
+    """The model of GLM-4.6V with another model type."""
     config = model.config.to_dict()
     del config["model_type"]
     return hf.Glm46VForConditionalGeneration(hf.GlmgaConfig(**config))
 
 
 def without_font(processor: Any, _: Any) -> None:
-    """The font of a video's timestamps, which the processor saves."""
+    """Saving the processor needs the video processor's font, for timestamps of frames."""
     type(processor).video_processor = SimpleNamespace(font="")
 
 
 def chart_template(processor: Any, _: Any) -> None:
-    """The chat template writes the image's tokens."""
+    """Its chat template, not its processor, writes the image tokens."""
     processor.chat_template = chat_template("<img>" + "<imgpad>" * 64 + "</img>")
 
 

@@ -137,7 +137,7 @@ FAMILIES = {
 }
 """The verified families, by `model_type`."""
 
-_CONVOLVED = "its layers convolve keys and values with those of the tokens before them"
+_CONVOLUTION = "its layers convolve keys and values with those of the tokens before them"
 
 # Added later; many share a row of the table above.
 FAMILIES |= {
@@ -158,8 +158,8 @@ FAMILIES |= {
     "got_ocr2": Family(got_ocr2, {"conv_mode": "plain"}),
     "granite_docling": FAMILIES["idefics3"],
     "hyperclovax_vision_v2": Family(qwen),
-    "inkling2": Family(inkling, why_not_shared=_CONVOLVED),
-    "inkling_mm_model": Family(inkling, why_not_shared=_CONVOLVED),
+    "inkling2": Family(inkling, why_not_shared=_CONVOLUTION),
+    "inkling_mm_model": Family(inkling, why_not_shared=_CONVOLUTION),
     "lfm3_vl": Family(qwen),
     "lighton_ocr": FAMILIES["mistral3"],
     "llava_next_video": FAMILIES["llava_next"],
@@ -197,18 +197,18 @@ image's tokens are verified (`tests/test_together.py`)."""
 
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
 _NO_LAYERS = "its language model is not built of layers whose attention can be captured"
-_QUERIES = (
+_RESAMPLERS = (
     *("aria", "blip-2", "idefics", "idefics2", "instructblip", "instructblipvideo"),
     *("kosmos-2", "kosmos-2.5"),
 )
-REFUSED = dict.fromkeys(_QUERIES, _NO_GRID)
+REFUSED = dict.fromkeys(_RESAMPLERS, _NO_GRID)
 """Model types that cannot be used, and why."""
 
 REFUSED |= dict.fromkeys(("blip", "git", "pi0", "pix2struct", "udop", "vision-encoder-decoder"), _NO_LAYERS)
-_CHOSEN_KEYS = "each token attends to chosen keys only, and padding changes the choice"
-REFUSED |= dict.fromkeys(("dots3_note", "glm5_next", "hy_v4_vl", "minimax_m3_vl", "qwen4_exp"), _CHOSEN_KEYS)
-_CODES = "its images are codes of a vocabulary when the language model reads them: no token can be traced to its pixels"
-REFUSED |= dict.fromkeys(("apertus1p5", "chameleon", "emu3"), _CODES)
+_SPARSE = "each token attends to chosen keys only, and padding changes the choice"
+REFUSED |= dict.fromkeys(("dots3_note", "glm5_next", "hy_v4_vl", "minimax_m3_vl", "qwen4_exp"), _SPARSE)
+_VQ = "its images are codes of a vocabulary when the language model reads them: no token can be traced to its pixels"
+REFUSED |= dict.fromkeys(("apertus1p5", "chameleon", "emu3"), _VQ)
 REFUSED |= {
     "deepseek_ocr2": _NO_GRID,
     "diffusion_gemma": "it refines whole blocks of text, so that no token comes just before the answer",
