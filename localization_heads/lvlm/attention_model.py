@@ -42,7 +42,7 @@ from localization_heads.lvlm.model_with_processor import ModelWithProcessor
 from localization_heads.lvlm.text.prompts import Prompt, strip_closing_marks
 from localization_heads.lvlm.text.query_tokens import expression_tokens, find_query
 
-LAYOUTS = 1024
+LAYOUT_CACHE_SIZE = 1024
 """Image sizes whose token layout in a prompt of several images is cached."""
 
 
@@ -65,7 +65,9 @@ class AttentionModel(ModelWithProcessor):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._layout = lru_cache(LAYOUTS)(self._compute_layout)  # shared by the copies that `prompted` makes
+        self._layout = lru_cache(LAYOUT_CACHE_SIZE)(
+            self._compute_layout
+        )  # shared by the copies that `prompted` makes
         self.video_settings: Callable[[], Mapping[str, Any]] = dict  # the checkpoint's own, if it has any
         if self.model.config.model_type == "llama4":
             self.model.language_model.register_forward_hook(_add_image_outputs)
@@ -86,12 +88,13 @@ class AttentionModel(ModelWithProcessor):
         return why_not_shared(self.model.config)
 
     def query(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
-        """The query positions of a batch; of an encoder-decoder, those of the decoder, with its own first token."""
-        tokenizer, decodes = self.processor.tokenizer, self.model.config.is_encoder_decoder
+        """The query positions of a batch. An encoder-decoder's are its decoder's, which starts with its own token."""
+        tokenizer = self.processor.tokenizer
+        is_encoder_decoder = self.model.config.is_encoder_decoder
         if self.reads_answer:
-            last = Query() if decodes else find_query("last", prompts, inputs, tokenizer)
+            last = Query() if is_encoder_decoder else find_query("last", prompts, inputs, tokenizer)
             return last._replace(answer_tokens=self.max_answer_tokens)
-        if not decodes:
+        if not is_encoder_decoder:
             with self._tokenizing:
                 return find_query(self.query_token, prompts, inputs, tokenizer, self.dropped_token)
         if self.query_token.startswith("expression"):
@@ -247,7 +250,8 @@ class AttentionModel(ModelWithProcessor):
         """
         pad = self.processor.tokenizer.pad_token_id
         if query.answer_tokens is not None:
-            recorder, num_tokens = recorder or self.answer_recorder(), query.answer_tokens + 1
+            assert recorder is not None
+            num_tokens = query.answer_tokens + 1
             if "past_key_values" in inputs:
                 generate_from_cache(self.model, inputs, num_tokens, recorder)
             else:
