@@ -110,7 +110,7 @@ def parity(bench: Bench) -> Iterator[Fact]:
             found = compare_with_eager(lvlm, inputs, Query()).difference
             yield Fact(
                 "parity",
-                f"capture against eager_attention, {kernel}, {_name(dtype)}",
+                f"capture against eager, {kernel}, {_name(dtype)}",
                 found,
                 "of weight 1",
                 LIMIT[dtype],
