@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import mask_coverage, visible_edges
@@ -255,31 +256,23 @@ def test_fig14_ranks_at_each_n(study: Study) -> None:
 # --- validation ---------------------------------------------------------------------------------------------------
 
 
-def ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    """Average ranks, by counting."""
-    array = np.asarray(values)
-    return np.array([(array < v).sum() + ((array == v).sum() + 1) / 2 for v in array])
-
-
 def test_fig6b_is_the_correlation_of_ranks(study: Study) -> None:
-    from scipy import stats
-
     assert study.ranking.tau is not None and study.ious is not None
     numbers = run_experiment("fig6b", study).numbers
     counted = {head: f for head, f in frequencies(study, study.ranking.tau, 4).items() if f >= 0.01}
     iou = study.ious.astype(np.float64).mean(axis=0)
-    x, y = ranks(list(counted.values())), ranks([iou[head] for head in counted])
+    x, y = stats.rankdata(list(counted.values())), stats.rankdata([iou[head] for head in counted])
     rho = np.corrcoef(x, y)[0, 1]
     assert numbers["num_selected"] == len(counted) > 3
     assert numbers["selected"]["rho"] == pytest.approx(rho)
-    every = stats.permutation_test(
-        (x,), lambda one: np.corrcoef(one, y)[0, 1], permutation_type="pairings", n_resamples=np.inf
+    exact = stats.permutation_test(
+        (x,), lambda permuted: np.corrcoef(permuted, y)[0, 1], permutation_type="pairings", n_resamples=np.inf
     )
-    assert numbers["selected"]["p"] == pytest.approx(every.pvalue)
-    all_heads = numbers["all"]
+    assert numbers["selected"]["p"] == pytest.approx(exact.pvalue)
+    of_all = numbers["all"]
     assert numbers["num_all"] == (LAYERS - 1) * HEADS
-    t = all_heads["rho"] * math.sqrt((numbers["num_all"] - 2) / (1 - all_heads["rho"] ** 2))
-    assert all_heads["p"] == pytest.approx(2 * stats.t.sf(abs(t), numbers["num_all"] - 2))
+    t = of_all["rho"] * math.sqrt((numbers["num_all"] - 2) / (1 - of_all["rho"] ** 2))
+    assert of_all["p"] == pytest.approx(2 * stats.t.sf(abs(t), numbers["num_all"] - 2))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +295,7 @@ def test_fig6b_reading_follows_its_numbers(study: Study, sign: int, verdict: str
     assert constant.numbers["selected"] is None and "no correlation can be told" in constant.reading
 
 
-def test_contrast_by_hand() -> None:
+def test_paired_difference_by_hand() -> None:
     found = paired_difference([1, 1, 0, 1], [[1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
     assert found["found"] == 0.75 and found["random"] == 0.5 and found["sets"] == [0.25, 0.25, 1.0]
     assert found["difference"] == 0.25 and found["beaten"] == 2
