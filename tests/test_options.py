@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from runpy import run_path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -149,84 +149,49 @@ def test_the_options_that_users_scripts_rely_on_exist() -> None:
 
 
 CLASSES = {"criteria": CriteriaOptions, "grounding": GroundingOptions, "segmenter": SegmenterOptions}
-WRONG = {
-    "stage": ["nap", None, 5],
-    "top_k": [0, -1, 1.5, "three", None, True, 101],
-    "batch_size": [0, "8", 4097],
-    "process_all": ["yes", 1, None],
-    "end_index": [-2],
-    "random_seed": [-1, 2**32],
-    "attention_format": ["npz"],
-    "conv_mode": ["vicuna"],
-    "query_token": ["first"],
-    "model.conv_mode": ["shout"],
-    "visualize_limit": [-1],
-    "query": ["", "  ", ["a"], True],
-    "image_file": [["a"], ""],
-    "k": [0, 10_001],
-    "top_n": [0, 10_001],
-    "num_trials": [0, 1001],
-    "output_dir": [None, "", ["a"]],
-    "criteria.threshold": [-1, "median", float("nan"), float("inf"), True, None],
-    "criteria.tau": [-0.1, "x", "0.2", float("nan")],
-    "criteria.entropy": ["volume"],
-    "criteria.elbow": ["slope"],
-    "criteria.exclude_layers": [-1, True, 1.5],
-    "criteria.bottom_row_filter": [1],
-    "criteria.means": [0, 0.9, None, True, "two", float("nan")],
-    "drop_lone_spaces": ["some", None, 1],
-    "criteria.elbow_heads": ["most", None, 2],
-    "criteria.per_sample": ["sometimes", None, 1],
-    "criteria.ties": ["layer", None, True],
-    "criteria.fallback": ["five", None, False],
-    "criteria.bottom_row_above": [-0.1, "x", "0.05", True],
-    "grounding.kernel_size": [2, 0, -1, 1.0, 65, True],
-    "grounding.sigma": [-1, float("inf"), float("nan")],
-    "grounding.upsample": [0, 17, 1.5, True],
-    "grounding.component": ["biggest"],
-    "grounding.interpolation": ["cubic"],
-    "grounding.binarise": ["median", None],
-    "grounding.top_mass": [0, 1.01, -0.5, True, "half", float("nan")],
-    "grounding.box_from": ["air"],
-    "grounding.means": [0, 0.5, None, True, float("inf"), float("nan")],
-    "grounding.margin": [-0.001, None, "x"],
-    "grounding.border": ["reflect", None],
-    "segmenter.kind": ["magic"],
-    "segmenter.prompt": [[], "box", ["box", "scribble"], ["box", "box"], [["box"]]],
-    "segmenter.num_points": [0, 101, True],
-    "segmenter.iterations": [0, 1.5],
-    "segmenter.multimask": ["yes"],
-    "phrases.by": ["magic"],
-    "phrases.model": ["", None],
-    "model.dtype": ["int8", None],
-    "model.quantization": ["2bit"],
-    "model.name": [None, ""],
-    "model.label": ["", "../elsewhere", "a/b", ".."],
-    "model.attn_implementation": ["fast"],
-    "model.device_map": [""],
-    "model.system": [5],
-    "scenes.count": [0, 10**9],
-    "scenes.split": ["all"],
-    "scenes.height": [0, "all"],
-    "experiment.names": ["fig3", ["fig4"], None],
-    "experiment.ks": [[], [0], 3, ["x"]],
-    "experiment.sigmas": [[-1], [float("inf")]],
-    "experiment.kernels": [[2]],
-    "experiment.taus": [[-0.1], 0.2],
-    "experiment.min_frequency": [-0.1, 1.1],
-    "experiment.random_sets": [1, 1001],
-    "experiment.benchmark": ["refcoco"],
-    "grounding.ignore_padding": ["yes", None],
-    "engine.kind": ["spark"],
-    "engine.num_workers": [0, "two"],
-    "engine.cpus_per_worker": [0, None],
-    "engine.gpus_per_worker": [-1],
-    "engine.address": [""],
-    "engine.object_store": [10],
+BY_TYPE: dict[Any, list[Any]] = {
+    bool: ["yes", 1, None],
+    int: ["3", 1.5, True, None],
+    float: ["0.5", True, None, float("nan"), float("inf")],
+    Literal: ["no-such-choice", True],
 }
+"""Values that no option of the type takes."""
+INVALID: dict[str, list[Any]] = {
+    "top_k": [0, -1, 101], "batch_size": [0, "8", 4097], "end_index": [-2], "random_seed": [-1, 2**32],
+    "visualize_limit": [-1], "query": ["", "  ", ["a"], True], "image_file": [["a"], ""], "k": [0, 10_001],
+    "top_n": [0, 10_001], "num_trials": [0, 1001], "output_dir": [None, "", ["a"]],
+    "stage": [None], "query_token": [None], "phrases.by": [None],
+    "criteria.threshold": [-1, "median", float("nan"), float("inf"), True, None],
+    "criteria.tau": [-0.1, "x", "0.2", float("nan")], "criteria.exclude_layers": [-1], "criteria.means": [0, 0.9],
+    "criteria.elbow_heads": [None], "criteria.ties": [None], "criteria.fallback": [None, False],
+    "criteria.bottom_row_above": [-0.1, "x", "0.05", True],
+    "grounding.kernel_size": [2, 0, -1, 65], "grounding.sigma": [-1], "grounding.upsample": [0, 17],
+    "grounding.top_mass": [0, 1.01, -0.5], "grounding.means": [0, 0.5], "grounding.margin": [-0.001],
+    "grounding.binarise": [None], "grounding.border": [None],
+    "segmenter.prompt": [[], "box", ["box", "scribble"], ["box", "box"], [["box"]]],
+    "segmenter.num_points": [0, 101], "segmenter.iterations": [0], "phrases.model": ["", None],
+    "model.dtype": [None], "model.name": [None, ""], "model.label": ["", "../elsewhere", "a/b", ".."],
+    "model.device_map": [""], "model.system": [5],
+    "scenes.count": [0, 10**9], "scenes.height": [0, "all"],
+    "experiment.names": ["fig3", ["fig4"], None], "experiment.ks": [[], [0], 3, ["x"]],
+    "experiment.sigmas": [[-1], [float("inf")]], "experiment.kernels": [[2]], "experiment.taus": [[-0.1], 0.2],
+    "experiment.min_frequency": [-0.1, 1.1], "experiment.random_sets": [1, 1001],
+    "engine.num_workers": [0, "two"], "engine.cpus_per_worker": [0], "engine.gpus_per_worker": [-1],
+    "engine.address": [""], "engine.object_store": [10],
+}  # fmt: skip
+"""Values outside the range of each option."""
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in WRONG.items() for value in bad])
+def invalid_values() -> Iterator[tuple[str, Any]]:
+    """Every option of the finder with each value that it must refuse."""
+    for name, field in option_names("finder").items():
+        kind = next((arg for arg in (field.annotation, *get_args(field.annotation)) if get_origin(arg)), None)
+        kind = Literal if kind and get_origin(kind) is Literal else field.annotation
+        for value in (*BY_TYPE.get(kind, ()), *INVALID.get(name, ())):
+            yield name, value
+
+
+@pytest.mark.parametrize(("name", "value"), invalid_values())
 def test_invalid_values_are_named(name: str, value: Any) -> None:
     """On the command line and, for a group, from Python."""
     group, _, key = name.rpartition(".")
