@@ -98,8 +98,9 @@ class Prefix:
         Args:
             grows: keep later tokens as well, as generation requires.
         """
-        kept, kind = length if self.can_be_cut else None, GrowingLayer if grows else SharedLayer
-        cache = Cache(layers=[_batch_layer(layer, batch_size, kept, kind) for layer in self.layers])
+        kept = length if self.can_be_cut else None
+        layer_class = GrowingLayer if grows else SharedLayer
+        cache = Cache(layers=[_batch_layer(layer, batch_size, kept, layer_class) for layer in self.layers])
         cache.first_ids = self.ids[:length]  # type: ignore[attr-defined]  # `steering` finds the image in them
         return cache
 
@@ -113,7 +114,8 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
-        self.keys, self.values = self.prefix = keys, values  # each (B, H, P, D), expanded without a copy
+        self.prefix = keys, values  # each (B, H, P, D), expanded without a copy
+        self.keys, self.values = keys, values
 
 
 class SharedLayer(GrowingLayer):
@@ -139,16 +141,15 @@ def recording_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def _batch_layer(layer: Any, batch_size: int, length: int | None, kind: type[GrowingLayer]) -> Any:
+def _batch_layer(layer: Any, batch_size: int, length: int | None, layer_class: type[GrowingLayer]) -> Any:
     """Return a layer of the prefix's cache for a batch."""
     if isinstance(layer, LinearAttentionLayer):
         return _copy_state(layer, batch_size)
-    if (
-        isinstance(layer, DummyLayer) or not layer.is_initialized
-    ):  # without keys, or above the deepest layer run
+    if isinstance(layer, DummyLayer) or not layer.is_initialized:
+        # A layer without keys, or above the deepest one that was run.
         return type(layer)()
     keys, values = (t[:, :, :length].expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
-    return kind(keys, values)
+    return layer_class(keys, values)
 
 
 def _copy_state(layer: LinearAttentionLayer, batch_size: int) -> LinearAttentionLayer:
