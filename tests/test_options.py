@@ -191,7 +191,7 @@ def invalid_values() -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-@pytest.mark.parametrize(("name", "value"), invalid_values())
+@pytest.mark.parametrize(("name", "value"), list(invalid_values()))
 def test_invalid_values_are_named(name: str, value: Any) -> None:
     """On the command line and, for a group, from Python."""
     group, _, key = name.rpartition(".")

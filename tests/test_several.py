@@ -367,7 +367,7 @@ def test_proposals_from_the_command_line(front: Front) -> None:
     write_data(front.folder, 2)
     asked = ("stage=ground", "data_file=data.jsonl", "instances_by=segmenter", "instances=all")
     result = front.finder(*asked, "segmenter=none")
-    assert result.status == 2 and "instances_by=segmenter needs one" in result.err
+    assert result.status == 2 and "instances_by=segmenter needs a segmenter" in result.err
     result = front.finder(*asked, "segmenter=grabcut")
     assert result.status == 0, result.err
     assert all(line["boxes"] for line in front.lines())

@@ -427,7 +427,7 @@ def test_what_takes_a_single_image_refuses_a_list(front: Front, saved: str) -> N
     for stage, options, said in (
         ("ground", (both,), "takes one image in a prompt; several: gemma3,"),
         ("trace", (both,), "stage=trace takes one image"),
-        ("ground", (both, "zoom=true"), "zoom=true looks again at one image"),
+        ("ground", (both, "zoom=true"), "zoom=true crops a single image"),
         ("ground", ("image_file=a.png", "together=true"), "1 given, but it must be 2 to 32"),
         ("ground", ("image_file=[a.png]",), "a list of two or more"),
     ):

@@ -123,9 +123,11 @@ class InstanceOptions(Options):
         if self.instances_by != "components" and self.instances != "all":
             raise UsageError(f"instances_by={self.instances_by}: write instances=all, or leave it out")
         if self.instances_by == "segmenter" and self.segmenter.kind == "none":  # type: ignore[attr-defined]
-            raise UsageError("instances_by=segmenter needs one to propose objects: leave out segmenter=none")
+            raise UsageError(
+                "instances_by=segmenter needs a segmenter that proposes objects: leave out segmenter=none"
+            )
         if self.instances_by == "places" and getattr(self, "paraphrases", None):
-            raise UsageError("instances_by=places asks in wordings of its own: leave out paraphrases=")
+            raise UsageError("instances_by=places uses paraphrases of its own: leave out paraphrases=")
         return self
 
 
@@ -189,7 +191,7 @@ class VideoOptions(Options):
                 "video=native needs a video: video_file=, or stage=evaluate data=scenes scenes.frames="
             )
         if wrong := [name for name, is_set in image_options.items() if is_set]:
-            raise UsageError(f"video=native: leave out {' and '.join(wrong)}, which asks about images")
+            raise UsageError(f"video=native: leave out {' and '.join(wrong)}, for images only")
 
 
 HeadsBy = Literal["criteria", "mass", "iou", "pointing", "vrh"]

@@ -245,9 +245,9 @@ class FinderOptions(
             if self.stage not in TOGETHER_STAGES:
                 raise UsageError(f"image_file=[...]: stage={self.stage} takes one image: name one")
             if self.zoom and self.together is not False:
-                raise UsageError("zoom=true looks again at one image; leave it out, or write together=false")
+                raise UsageError("zoom=true crops a single image; leave it out, or write together=false")
         if self.zoom and self.instances == "all":
-            raise UsageError("zoom=true looks again at one box; leave out zoom= or instances=all")
+            raise UsageError("zoom=true refines a single box; leave out zoom= or instances=all")
         if self.scenes.height is not None and self.scenes.height > self.scenes.size:
             raise UsageError(
                 f"scenes.height={self.scenes.height}: the images have only scenes.size={self.scenes.size} rows"
