@@ -29,11 +29,6 @@ def shown(value: object, limit: int = 40) -> str:
     return " ".join(text[: 2 * limit].encode("ascii", "backslashreplace").decode().split())
 
 
-def one_line(error: BaseException, limit: int = 100) -> str:
-    """The message of another library's error on one line, truncated; its class name if the message is empty."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
-
-
 class UsageError(Exception):
     """The request is wrong: a bad option, a missing file, a broken data set. Exit status 2.
 
@@ -113,10 +108,14 @@ class BadLineError(ValueError):
     """A line of a data set cannot be used; the message says why."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error, at most 300 characters; its class name if the message is empty."""
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of another library's error, truncated; its class name if the message is empty.
+
+    >>> first_line(ValueError("bad  magic number\\nTraceback ...")), first_line(KeyError())
+    ('bad magic number', 'KeyError')
+    """
     lines = str(error)[:2000].strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return " ".join(lines[0].split())[:limit] if lines else type(error).__name__
 
 
 def printable(text: object, limit: int | None = None) -> str:

@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError, _imaging
 from localization_heads.data.address import Address, ImageError, is_address
 from localization_heads.data.image_headers import orientation, scan_problem, tag_problem, upright_size
 from localization_heads.data.network import MAX_BYTES, download
-from localization_heads.errors import UsageError, one_line
+from localization_heads.errors import UsageError, first_line
 from localization_heads.store import files
 from localization_heads.store.paths import local_path
 
@@ -207,7 +207,7 @@ def _open_checked(
     except MemoryError as error:
         raise ImageError(name, "not enough memory to decode it") from error
     except Exception as error:  # decoders raise anything on garbage
-        raise ImageError(name, f"broken or cut short ({one_line(error)})") from error
+        raise ImageError(name, f"broken or cut short ({first_line(error, 100)})") from error
 
 
 def _check_file_start(name: str | Path | Address, file: BinaryIO) -> None:
@@ -279,7 +279,7 @@ def _decode_upright(name: str | Path | Address, image: Image.Image) -> Image.Ima
     except (UsageError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on garbage
-        raise ImageError(name, f"broken or cut short ({one_line(error)})") from error
+        raise ImageError(name, f"broken or cut short ({first_line(error, 100)})") from error
 
 
 def _jpeg_scan_problem(image: Image.Image) -> str | None:

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
 from localization_heads.data.address import Address, ImageError, display_name, is_redacted, without_secrets
-from localization_heads.errors import WorkError, one_line
+from localization_heads.errors import WorkError, first_line
 
 if TYPE_CHECKING:
     import httpx
@@ -100,7 +100,7 @@ def _fetch(address: Address, max_bytes: int, deadline: float) -> bytes:
         raise DownloadError(address, "the server does not answer in time") from error
     except (httpx.TransportError, OSError) as error:
         raise DownloadError(
-            address, f"cannot be reached: {one_line(error)}; is this machine offline?"
+            address, f"cannot be reached: {first_line(error, 100)}; is this machine offline?"
         ) from error
     except (httpx.InvalidURL, ValueError):  # these messages may quote a password
         raise ImageError(
@@ -282,7 +282,7 @@ def _describe_faulty_setting(error: Exception) -> str:
             problem = _certificate_problem(key, value)
         if problem:
             return f"the environment variable {name} cannot be used: {problem}"
-    return f"the network settings of this machine cannot be used: {one_line(error)}"
+    return f"the network settings of this machine cannot be used: {first_line(error, 100)}"
 
 
 def _proxy_problem(value: str) -> str | None:

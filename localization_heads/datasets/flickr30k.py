@@ -24,7 +24,7 @@ from localization_heads.datasets.base import (
     find_named_image,
     make_entry,
 )
-from localization_heads.errors import BadLineError, UsageError, one_line
+from localization_heads.errors import BadLineError, UsageError, first_line
 
 SPLITS = ("train", "val", "test")
 MAX_BYTES = 1 << 20
@@ -129,5 +129,5 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
                 for name in element.findall("name"):
                     boxes.setdefault((name.text or "").strip(), []).append((x0, y0, x1, y1))
     except (ElementTree.ParseError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: {one_line(error)}") from error
+        raise UsageError(f"{path}: {first_line(error, 100)}") from error
     return boxes

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from localization_heads.datasets.base import Source
-from localization_heads.errors import BadLineError, UsageError, one_line
+from localization_heads.errors import BadLineError, UsageError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +61,7 @@ def open_parquet(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]
             _check_bounds(path, file, columns)
             yield file
     except (pa.ArrowException, OSError, MemoryError, UnreadablePageError) as error:
-        raise UsageError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
+        raise UsageError(f"{path}: not a parquet file that can be read ({first_line(error, 100)})") from error
 
 
 def column_names(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from localization_heads.errors import UsageError, WorkError, one_line
+from localization_heads.errors import UsageError, WorkError, first_line
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.checks.doctor import Check, Examination, expression_pieces
 from localization_heads.lvlm.checks.footprints import LIMIT, UNTRACEABLE, footprint_errors
@@ -83,7 +83,7 @@ def geometry(lvlm: LVLM) -> dict[str, Any]:
     try:
         errors = footprint_errors(lvlm, SIZE)
     except Exception as error:  # an unknown vision tower can fail in any way
-        return {"passed": None, "note": f"not traced: {one_line(error, 200)}"}
+        return {"passed": None, "note": f"not traced: {first_line(error, 200)}"}
     views = {
         name: {"cells": len(view), "largest_error": float(abs(view).max()) if len(view) else None}
         for name, view in errors.items()
