@@ -1,1 +1,1 @@
-"""Two ways of doing one thing, timed in one run: `python -m benchmarks`. Not installed."""
+"""Benchmarks: pairs of implementations timed against each other with `python -m benchmarks`. Not installed."""

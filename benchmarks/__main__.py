@@ -13,9 +13,9 @@ from types import ModuleType
 from rich.console import Console
 
 from benchmarks import capture, discovery, early_exit, entropy, machine, published, sharing, startup, workers
-from benchmarks.result import Row, failed_row, markdown_of, put_into, table_of
+from benchmarks.result import Row, failed_row, markdown_table, replace_table, rich_table
 from benchmarks.setting import Setting
-from benchmarks.timing import FEWEST
+from benchmarks.timing import MIN_ROUNDS
 
 BENCHMARKS: dict[str, ModuleType] = {
     module.KEY: module
@@ -27,13 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options().parse_args(arguments)
     keys = options.only.split(",") if options.only else list(BENCHMARKS)
     if unknown := [key for key in keys if key not in BENCHMARKS]:
-        sys.stderr.write(
-            f"error: --only={options.only}: there is no {unknown[0]!r}; {', '.join(BENCHMARKS)} are\n"
-        )
+        known = ", ".join(BENCHMARKS)
+        sys.stderr.write(f"error: --only={options.only}: no benchmark {unknown[0]!r}; choose from {known}\n")
         return 2
-    if options.page:  # is there a place for it? Before the work, not after it
+    if options.page:  # fail before the work, not after it
         try:
-            put_into(Path(options.page), None)
+            replace_table(Path(options.page), None)
         except (OSError, ValueError) as error:
             sys.stderr.write(f"error: --page={options.page}: {error}\n")
             return 2
@@ -50,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{key}: {what}\n")
         try:
             rows += BENCHMARKS[key].rows(setting)
-        except Exception as error:  # the others are worth having
+        except Exception as error:  # the other benchmarks still run
             traceback.print_exc()
             rows.append(failed_row(key, what, error))
             failures += 1
-        _write(options, rows, caption)  # what was measured is not lost if a later one ends the process
+        _write(options, rows, caption)  # after each one: a later crash loses nothing
     if options.page:
-        put_into(Path(options.page), f"{markdown_of(rows)}\n\n{caption}")
-    Console(width=None if sys.stdout.isatty() else 200).print(table_of(rows, caption))
+        replace_table(Path(options.page), f"{markdown_table(rows)}\n\n{caption}")
+    Console(width=None if sys.stdout.isatty() else 200).print(rich_table(rows, caption))
     return 1 if failures else 0
 
 
@@ -66,33 +65,37 @@ def _write(options: argparse.Namespace, rows: Sequence[Row], caption: str) -> No
         content = {"machine": caption, "rows": [row.to_json() for row in rows]}
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
-        Path(options.markdown).write_text(f"{markdown_of(rows)}\n\n{caption}\n", encoding="utf-8")
+        Path(options.markdown).write_text(f"{markdown_table(rows)}\n\n{caption}\n", encoding="utf-8")
 
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = "; ".join(f"{key} {module.__name__.split('.')[-1]}" for key, module in BENCHMARKS.items())
-    parser.add_argument("--only", metavar="a,c", help=f"only these: {names}")
+    parser.add_argument("--only", metavar="a,c", help=f"run only these: {names}")
     parser.add_argument(
         "--layers",
         type=_positive,
         metavar="N",
-        help="layers of the LM in a, b, c (4; on a GPU 32)",
+        help="decoder layers in a, b, c (4; on a GPU 32)",
     )
     parser.add_argument(
-        "--rounds", type=_positive, default=5, metavar="N", help="how often each way is timed (5)"
+        "--rounds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="how often each variant is timed, at most (5)",
     )
     parser.add_argument(
         "--seconds",
         type=_positive,
         default=60,
         metavar="N",
-        help=f"a comparison begins no further round after so many seconds, but for the first {FEWEST} (60)",
+        help=f"a comparison begins no further round after this time, once it has {MIN_ROUNDS} (60)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table there as well")
-    parser.add_argument("--page", metavar="FILE", help="put the table into that page, between its two marks")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: see that everything runs")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
+    parser.add_argument("--page", metavar="FILE", help="replace the table on this page, between its marks")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, as a smoke test")
     return parser
 
 

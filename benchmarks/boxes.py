@@ -1,13 +1,13 @@
-"""From maps to boxes, every read-out side by side: `python -m benchmarks.boxes [scenes]`.
+"""The read-outs compared, from maps to boxes: `python -m benchmarks.boxes [scenes]`.
 
-On three sets of test scenes of the synthetic benchmark: known styles, the held-out style, and images of 4:3, which the
-processor pads. The model sees each scene once; the table is Markdown, as docs/readouts.md shows it.
+Three sets of test scenes of the synthetic benchmark are used: known styles, the held-out style, and 4:3 images, which
+the processor pads. The model runs once per scene. Prints the Markdown table of docs/readouts.md.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ SETS: dict[str, tuple[str | None, int | None]] = {
     "held-out style": (HELD_OUT_STYLE, None),
     "4:3, padded": (None, 192),
 }
-"""Art style and rows that are kept, by name."""
+"""Art style and height in pixels (None: square) of each set, by name."""
 
 SHARP = load_preset("grounding", "sharp")
 MAP = {**SHARP, "box_from": "map"}
@@ -63,11 +63,11 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "... `box_from=mask`": {**SHARP, "box_from": "mask"},
     "`grounding=sharp`": SHARP,
 }
-"""The paper's row first: the others are compared with it."""
+"""Grounding options of each read-out, by name; all are compared with the first, the paper's."""
 
 
-class Drawn(NamedTuple):
-    """A scene to be shown, cropped to so many rows around the object, with the truth."""
+class CroppedScene(NamedTuple):
+    """A scene cropped in height around the object of its expression, with the true box."""
 
     image: Image.Image
     box: Box
@@ -75,21 +75,21 @@ class Drawn(NamedTuple):
     expression: Expression
 
 
-class Seen(NamedTuple):
-    """A scene as the model saw it, with the truth."""
+class AttendedScene(NamedTuple):
+    """An image, its attention maps and the true box."""
 
     image: Image.Image
     maps: AttentionMaps
     box: Box
 
 
-def drawn(
+def draw_scenes(
     count: int, style: str | None, height: int | None = None, smallest: float = SMALL[0]
-) -> Iterator[Drawn]:
-    """`count` test scenes of a style, cropped to so many rows around the object.
+) -> Iterator[CroppedScene]:
+    """`count` test scenes of a style, cropped to `height` rows around the object.
 
     Args:
-        smallest: the least longer side of an object, as a share of the image's.
+        smallest: the smallest allowed longer side of an object, as a share of the image's side.
     """
     scenes = scene_samples(count, size=SIZE, style=style, seeds=TEST_SEEDS, smallest=smallest)
     for number, (scene, expression) in enumerate(scenes):
@@ -97,75 +97,74 @@ def drawn(
         rows = crop_rows((x0, y0, x1, y1), SIZE, height, seed=number)
         image = Image.fromarray(scene.image[rows])
         box = (x0, max(y0, rows.start) - rows.start, x1, min(y1, rows.stop) - rows.start)
-        yield Drawn(image, box, scene, expression)
+        yield CroppedScene(image, box, scene, expression)
 
 
-def look(lvlm: LVLM, count: int, style: str | None, height: int | None) -> Iterator[Seen]:
-    """The same as the model sees them."""
+def attend_scenes(lvlm: LVLM, count: int, style: str | None, height: int | None) -> Iterator[AttendedScene]:
+    """`count` test scenes with their attention maps, up to the deepest known head."""
     last_layer = max(head.layer for head in lvlm.known_heads)
-    for one in tqdm(drawn(count, style, height), total=count, disable=None):
-        maps = lvlm.attend(one.image, one.expression.text, last_layer=last_layer)
-        yield Seen(one.image, maps, one.box)
+    for scene in tqdm(draw_scenes(count, style, height), total=count, disable=None):
+        maps = lvlm.attend(scene.image, scene.expression.text, last_layer=last_layer)
+        yield AttendedScene(scene.image, maps, scene.box)
 
 
-def ious(seen: Sequence[Seen], heads: Sequence[Head], options: Mapping[str, Any]) -> NDArray[np.float64]:
+def box_ious(
+    scenes: Sequence[AttendedScene], heads: Sequence[Head], options: Mapping[str, Any]
+) -> NDArray[np.float64]:
     """IoU of each scene's box with the true one."""
-    chosen, grabcut = GroundingOptions(**options), GrabCut()
-    segmenter = None if chosen.box_from == "map" else grabcut
-    boxes = (
-        refine(ground_maps(one.maps, heads, chosen), one.image, segmenter, box_from=chosen.box_from).box
-        for one in seen
-    )
-    return np.array([float(box_iou(box, one.box)) for box, one in zip(boxes, seen, strict=True)])
+    grounding_options = GroundingOptions(**options)
+    box_from = grounding_options.box_from
+    segmenter = None if box_from == "map" else GrabCut()
+    ious = []
+    for scene in scenes:
+        grounding = ground_maps(scene.maps, heads, grounding_options)
+        box = refine(grounding, scene.image, segmenter, box_from=box_from).box
+        ious.append(float(box_iou(box, scene.box)))
+    return np.array(ious)
 
 
-def ahead(found: NDArray[np.float64], reference: NDArray[np.float64]) -> str:
-    """How many points the mean of the one is ahead of the other's, with its paired 95 % interval."""
-    points = 100.0 * (found - reference)
+def format_difference(values: NDArray[np.float64], reference: NDArray[np.float64]) -> str:
+    """The mean difference from the reference in points, with its paired 95 % interval."""
+    points = 100.0 * (values - reference)
     low, high = bootstrap_interval(points)
     return f"{points.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def cell(found: NDArray[np.float64], reference: NDArray[np.float64]) -> str:
-    """Acc@0.5, Acc@0.75 and mean IoU, and how far Acc@0.5 is ahead of the reference."""
-    numbers = " ".join(
-        f"{value:.3f}" for value in ((found >= 0.5).mean(), (found >= 0.75).mean(), found.mean())
-    )
-    if found is reference:
+def format_cell(ious: NDArray[np.float64], reference: NDArray[np.float64]) -> str:
+    """Acc@0.5, Acc@0.75 and mean IoU, and the difference in Acc@0.5 from the reference."""
+    numbers = f"{(ious >= 0.5).mean():.3f} {(ious >= 0.75).mean():.3f} {ious.mean():.3f}"
+    if ious is reference:
         return numbers
-    return f"{numbers} ({ahead((found >= 0.5).astype(float), (reference >= 0.5).astype(float))})"
+    return f"{numbers} ({format_difference((ious >= 0.5).astype(float), (reference >= 0.5).astype(float))})"
 
 
-def compared(
-    count: int, measure: Callable[[Sequence[Seen], Mapping[str, Any]], NDArray[np.float64]], lvlm: LVLM
-) -> list[list[str]]:
-    """A row of cells for each read-out, a cell for each set."""
+def compare_readouts(count: int, lvlm: LVLM) -> list[list[str]]:
+    """One row per read-out: its name, and a cell per set of scenes."""
     table = [[name] for name in ROWS]
     for style, height in SETS.values():
-        seen = list(look(lvlm, count, style, height))
-        found = [measure(seen, options) for options in tqdm(ROWS.values(), disable=None)]
-        for row, values in zip(table, found, strict=True):
-            row.append(cell(values, found[0]))
+        scenes = list(attend_scenes(lvlm, count, style, height))
+        ious = [box_ious(scenes, lvlm.known_heads, options) for options in tqdm(ROWS.values(), disable=None)]
+        for row, values in zip(table, ious, strict=True):
+            row.append(format_cell(values, ious[0]))
     return table
 
 
-def say_table(about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print what a table is about, and the table as Markdown."""
+def print_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a caption and a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    Console(soft_wrap=True).print(f"{about}\n\n{table}", markup=False, highlight=False)
+    Console(soft_wrap=True).print(f"{caption}\n\n{table}", markup=False, highlight=False)
 
 
 def main(count: int) -> None:
     lvlm = load_model()
-    heads = lvlm.known_heads
-    rows = compared(count, lambda seen, options: ious(seen, heads, options), lvlm)
-    names = " ".join(map(str, heads))
-    about = (
+    rows = compare_readouts(count, lvlm)
+    names = " ".join(map(str, lvlm.known_heads))
+    caption = (
         f"{count} test scenes a set, {SIZE} pixels wide, heads {names}. Each cell: Acc@0.5, Acc@0.75, mean IoU, and "
         "how many points Acc@0.5 is ahead of the paper's, with its paired 95 % interval."
     )
-    say_table(about, ["read-out", *SETS], rows)
+    print_table(caption, ["read-out", *SETS], rows)
 
 
 if __name__ == "__main__":

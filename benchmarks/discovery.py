@@ -1,8 +1,8 @@
-"""(g) The memory of `find` over very many expressions of a model of 32 x 32 heads, beyond what was there before it.
+"""(g) Peak memory of `find` over very many expressions of a model with 32 x 32 heads, above what was used before it.
 
-The real stage runs, as after a kill at nine tenths: it reads the data file and the store, goes through the last tenth
-(images, analysis, appending), ranks the heads over every sample and draws the figures. Only the model is a stand-in,
-whose maps are small and random, so that the size of the model and its speed play no part.
+The real stage resumes a run that was killed after nine tenths of the samples: it reads the data file and the stored
+statistics, processes the remaining samples, ranks the heads over all of them and draws the figures. Only the model is a
+stub with small random maps, so that its size and speed do not count.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from localization_heads.options.groups import ModelSpec
 KEY = "g"
 LIMIT = 300_000_000  # bytes
 EXPRESSIONS = 100_000
-AN_IMAGE = 7
+EXPRESSIONS_PER_IMAGE = 7
 ROOT = Path(__file__).parents[1]
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Measured in a process of its own: memory that others have left behind would hide what `find` takes."""
+    """Measured in a subprocess: memory left behind by other benchmarks would hide what `find` takes."""
     count = 700 if setting.quick else EXPRESSIONS
     what = (
         f"find over {count:,} expressions, 1,024 heads, all of them ranked: memory beyond the model / limit"
@@ -42,41 +42,42 @@ def rows(setting: Setting) -> list[Row]:
         return [Row(KEY, what, note="measured on Linux only")]
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), count)
-        peak = json.loads(_measured(folder, count))["peak"]
+        peak = json.loads(_measure_in_subprocess(folder, count))["peak"]
     return [limit_row(KEY, what, peak, LIMIT, bytes_text)]
 
 
-def _measured(folder: str, count: int) -> bytes:
+def _measure_in_subprocess(folder: str, count: int) -> bytes:
     command = [sys.executable, "-m", "benchmarks.discovery", folder, str(count)]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
 
 
 def prepare(folder: Path, count: int) -> None:
-    """The data and the store of a small run and of the large one."""
-    for number in (AN_IMAGE, count):
+    """Write the data and the partial statistics of a small run, for warming up, and of the large one."""
+    for number in (EXPRESSIONS_PER_IMAGE, count):
         data = write_data(folder / str(number), number)
-        fill_store(stand_in_run(data, number), number * 9 // 10)
+        store_statistics(stub_run(data, number), number * 9 // 10)
 
 
 def measure(folder: Path, count: int) -> None:
+    """Run `find` on both and print the peak memory of the large run, as JSON."""
     from localization_heads.stages.find import find
 
-    for number in (AN_IMAGE, count):  # a small one first: what it imports belongs to the program
-        run = stand_in_run(folder / str(number) / "data.jsonl", number)
+    for number in (EXPRESSIONS_PER_IMAGE, count):  # the small run first: it does the imports
+        run = stub_run(folder / str(number) / "data.jsonl", number)
         before = reset_peak()
-        found = find(run)
+        result = find(run)
         peak = resident_peak() - before
-        assert found.ranking.num_samples == number
+        assert result.ranking.num_samples == number
     sys.stdout.write(json.dumps({"peak": peak}))
 
 
 def write_data(folder: Path, count: int) -> Path:
-    """`data.jsonl` with a small image for every seven expressions."""
+    """Write `data.jsonl` with `count` expressions and their small images, and return its path."""
     folder.mkdir()
     with (folder / "data.jsonl").open("w") as file:
         for number in range(count):
-            image = f"image_{number // AN_IMAGE:06}.png"
-            if number % AN_IMAGE == 0:
+            image = f"image_{number // EXPRESSIONS_PER_IMAGE:06}.png"
+            if number % EXPRESSIONS_PER_IMAGE == 0:
                 Image.new("RGB", (8, 6), (number % 256, 0, 0)).save(folder / image)
             expression = f"the person number {number} to the left of the red car"
             entry = {
@@ -89,31 +90,31 @@ def write_data(folder: Path, count: int) -> Path:
     return folder / "data.jsonl"
 
 
-def stand_in_run(data: Path, count: int) -> Any:
-    """The finder's options, composed as the command composes them, around a model that costs nothing."""
+def stub_run(data: Path, count: int) -> Any:
+    """A run with the finder's options, composed as the command composes them, and a stub model."""
     from localization_heads.options.compose import compose_options
     from localization_heads.stages.run import Run
 
     out = f"output_dir={data.parent / 'out'}"
     run = Run(compose_options("finder", f"data_file={data}", out, f"num_samples={count}", "batch_size=64"))
-    run.__dict__["lvlm"] = StandIn()  # where the cached property would put it
+    run.__dict__["lvlm"] = StubModel()  # sets the cached property
     return run
 
 
-def fill_store(run: Any, count: int) -> None:
-    """What a run that was killed has left of the first `count` samples."""
+def store_statistics(run: Any, count: int) -> None:
+    """Store random statistics of the first `count` samples, as a killed run would leave them."""
     from localization_heads.stages.entries import load_entries
     from localization_heads.stages.statistics import open_statistics
 
-    entries, store, random = load_entries(run), open_statistics(run), np.random.default_rng(1)
+    entries, store, rng = load_entries(run), open_statistics(run), np.random.default_rng(1)
     for start in range(0, count, 1000):
-        part = entries.samples[start : min(start + 1000, count)]
-        sums, area, mass = (random.random((len(part), 32, 32), dtype=np.float32) for _ in range(3))
-        store.append([entries.key(sample) for sample in part], sums, area, mass, sums > 0.9)
+        samples = entries.samples[start : min(start + 1000, count)]
+        sums, area, mass = (rng.random((len(samples), 32, 32), dtype=np.float32) for _ in range(3))
+        store.append([entries.key(sample) for sample in samples], sums, area, mass, sums > 0.9)
 
 
-class StandIn:
-    """As much of an `LVLM` as `find` asks for."""
+class StubModel:
+    """The part of the `LVLM` interface that `find` uses, with random maps."""
 
     name, fingerprint, system, conv_mode, query_token, view = (
         "stand-in",
@@ -130,9 +131,9 @@ class StandIn:
     processor = SimpleNamespace(tokenizer=SimpleNamespace(unk_token_id=None))
 
     def __init__(self) -> None:
-        self.random = np.random.default_rng(0)
+        self.rng = np.random.default_rng(0)
 
-    def with_num_images(self, _: int) -> StandIn:
+    def with_num_images(self, _: int) -> StubModel:
         return self
 
     def prompt(self, expression: str) -> str:
@@ -142,8 +143,8 @@ class StandIn:
         return True
 
     def attend_batch(self, images: Sequence[Image.Image], expressions: Sequence[str], **_: Any) -> list[Any]:
-        maps = (self.random.random((32, 32, 3, 3), dtype=np.float32) for _ in images)
-        return [AttentionMaps(one, image_box=(0, 0, 3, 3), image_size=(3, 3)) for one in maps]
+        maps = (self.rng.random((32, 32, 3, 3), dtype=np.float32) for _ in images)
+        return [AttentionMaps(weights, image_box=(0, 0, 3, 3), image_size=(3, 3)) for weights in maps]
 
 
 if __name__ == "__main__":

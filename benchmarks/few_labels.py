@@ -1,7 +1,8 @@
 """How good are heads from few labels, and does the label-free ranking help? `python -m benchmarks.few_labels [FOLDER]`
 
-Boxes of the first three heads on validation scenes that were not drawn, `grounding=sharp`: Acc@0.5, mean and standard
-deviation over draws. FOLDER is another checkpoint of the embedded model's architecture.
+Draws a few labelled validation scenes, ranks the heads on them, and prints Acc@0.5 of the first three heads' boxes on
+the other scenes (`grounding=sharp`), mean and standard deviation over the draws. FOLDER is another checkpoint of the
+embedded model's architecture.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from localization_heads.options.stage_groups import ScenesOptions
 from localization_heads.scenes.write import write_scenes
 
 COUNTS = (1, 2, 5, 10, 20, 50)
-WAYS: tuple[tuple[Shrink, float], ...] = (("none", 1), ("ranks", 10), ("scores", 10))
-K = 3
+SHRINKAGES: tuple[tuple[Shrink, float], ...] = (("none", 1), ("ranks", 10), ("scores", 10))
+NUM_HEADS = 3
 
-Right = Callable[[Sequence[lh.Head]], NDArray[np.float64]]
-"""Whether the box of these heads is right, 0 or 1, in each scene."""
+BoxHits = Callable[[Sequence[lh.Head]], NDArray[np.float64]]
+"""Of heads: 1 in each scene where the IoU of their box is 0.5 or more, else 0."""
 
 
-def measured(
+def measure_heads(
     lvlm: LVLM, samples: Sequence[Sample]
-) -> tuple[dict[str, NDArray[np.float32]], HeadRanking, Right]:
-    """The scores of every head in every scene, the label-free ranking, and what judges heads."""
+) -> tuple[dict[str, NDArray[np.float32]], HeadRanking, BoxHits]:
+    """Every head's scores by labels (sample, layer, head) by name, the label-free ranking, and the hits of heads."""
     maps, truths, scores, statistics = [], [], [], []
     for sample in samples:
         image = load_image(sample.image)
@@ -48,61 +49,64 @@ def measured(
         truths.append(truth_of(sample, image.size))
         scores.append(label_scores(maps[-1], truths[-1]))
         statistics.append(head_statistics(maps[-1].attention))
-    free = rank_heads(
-        np.stack([one.attention_sum for one in statistics]),
-        np.stack([one.spatial_entropy for one in statistics]),
+    ranking = rank_heads(
+        np.stack([sample_statistics.attention_sum for sample_statistics in statistics]),
+        np.stack([sample_statistics.spatial_entropy for sample_statistics in statistics]),
         top_n=lvlm.spec.top_n,
     )
-    options, known = default_grounding(), dict[tuple[lh.Head, ...], NDArray[np.float64]]()
+    options, cache = default_grounding(), dict[tuple[lh.Head, ...], NDArray[np.float64]]()
 
-    def right(heads: Sequence[lh.Head]) -> NDArray[np.float64]:
+    def box_hits(heads: Sequence[lh.Head]) -> NDArray[np.float64]:
         key = tuple(sorted(heads))
-        if key not in known:
-            boxes = [ground_maps(one, list(key), options).box for one in maps]
-            known[key] = np.array(
-                [box_iou(a, b.box) >= 0.5 for a, b in zip(boxes, truths, strict=True)], float
-            )
-        return known[key]
+        if key not in cache:
+            boxes = [ground_maps(sample_maps, list(key), options).box for sample_maps in maps]
+            hits = [box_iou(box, truth.box) >= 0.5 for box, truth in zip(boxes, truths, strict=True)]
+            cache[key] = np.array(hits, float)
+        return cache[key]
 
-    return {name: np.stack([one[name] for one in scores]) for name in scores[0]}, free, right
+    stacked = {name: np.stack([sample_scores[name] for sample_scores in scores]) for name in scores[0]}
+    return stacked, ranking, box_hits
 
 
-def accuracies(
+def draw_accuracies(
     scores: NDArray[np.float32],
-    free: HeadRanking,
-    right: Right,
+    ranking: HeadRanking,
+    box_hits: BoxHits,
     count: int,
-    how: Shrink,
+    shrink: Shrink,
     n0: float,
     draws: int,
 ) -> list[float]:
-    """Of each draw of so many labels, Acc@0.5 of its first heads on the other scenes."""
-    rng, found = np.random.default_rng(100 + count), []
+    """Acc@0.5 of the first heads on the other scenes, for each of `draws` draws of `count` labelled scenes."""
+    rng, accuracies = np.random.default_rng(100 + count), []
     for _ in range(draws):
         drawn = rng.choice(len(scores), count, replace=False)
         mean = scores[drawn].mean(axis=0, dtype=np.float64)
-        heads = rank_by_score(shrink_scores(mean, free, count, how, n0), free)[:K]
-        found.append(float(np.delete(right(heads), drawn).mean()))
-    return found
+        heads = rank_by_score(shrink_scores(mean, ranking, count, shrink, n0), ranking)[:NUM_HEADS]
+        accuracies.append(float(np.delete(box_hits(heads), drawn).mean()))
+    return accuracies
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("folder", nargs="?", help="another checkpoint of this architecture")
-    asked.add_argument("--scenes", type=int, default=140)
-    asked.add_argument("--draws", type=int, default=20)
-    chosen = asked.parse_args(words)
-    lvlm = lh.load_model(chosen.folder, like="tiny") if chosen.folder else lh.load_model()
-    file = load_samples(write_scenes(ScenesOptions(count=chosen.scenes, split="validation", size=192)))
-    scores, free, right = measured(lvlm, file.entries)
-    print(f"without labels: {right(free.top(K)).mean():.2f}\n")  # noqa: T201
-    names = [how if how == "none" else f"{how}, n0={n0:g}" for how, n0 in WAYS]
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", help="another checkpoint of this architecture")
+    parser.add_argument("--scenes", type=int, default=140)
+    parser.add_argument("--draws", type=int, default=20)
+    options = parser.parse_args(arguments)
+    lvlm = lh.load_model(options.folder, like="tiny") if options.folder else lh.load_model()
+    file = load_samples(write_scenes(ScenesOptions(count=options.scenes, split="validation", size=192)))
+    scores, ranking, box_hits = measure_heads(lvlm, file.entries)
+    print(f"without labels: {box_hits(ranking.top(NUM_HEADS)).mean():.2f}\n")  # noqa: T201
+    names = [shrink if shrink == "none" else f"{shrink}, n0={n0:g}" for shrink, n0 in SHRINKAGES]
     print(f"| heads_by | labels | {' | '.join(f'shrink={name}' for name in names)} |")  # noqa: T201
-    print(f"|{'---|' * (2 + len(WAYS))}")  # noqa: T201
+    print(f"|{'---|' * (2 + len(SHRINKAGES))}")  # noqa: T201
     for by, values in scores.items():
         for count in (count for count in COUNTS if 2 * count <= len(values)):
-            every = [accuracies(values, free, right, count, *way, chosen.draws) for way in WAYS]
-            cells = " | ".join(f"{np.mean(one):.2f} ± {np.std(one):.2f}" for one in every)
+            accuracies = [
+                draw_accuracies(values, ranking, box_hits, count, *shrinkage, options.draws)
+                for shrinkage in SHRINKAGES
+            ]
+            cells = " | ".join(f"{np.mean(draws):.2f} ± {np.std(draws):.2f}" for draws in accuracies)
             print(f"| `{by}` | {count} | {cells} |")  # noqa: T201
 
 

@@ -1,7 +1,7 @@
-"""The least arithmetic and the least traffic that a task needs, by formula: what no implementation can go below.
+"""Lower bounds, by formula, on the arithmetic and the memory traffic of a forward pass.
 
-A multiply and an add are two operations. Norms, activations, rotations and softmax are left out (under 1 %), and so
-is the traffic of activations: every weight that is used is read once.
+A multiply-add counts as two operations. Norms, activation functions, rotary embeddings and softmax are left out (under
+1 %). Traffic counts each weight that is used once, and no activations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Shape:
     patch: int = 14
 
     def __str__(self) -> str:
-        """What is not LLaVA-1.5-7B's, and the layers."""
+        """The number of layers and, if it is not LLaVA-1.5-7B's, the hidden size."""
         narrow = (
             ""
             if self.hidden == Shape.hidden
@@ -40,21 +40,21 @@ class Shape:
         return (self.side // self.patch) ** 2
 
     def weights(self, distinct: int, width: int = 2) -> float:
-        """Bytes of a model in which only so many layers have weights of their own."""
+        """Bytes of a model's weights if only `distinct` decoder layers have their own; `width`: bytes of a weight."""
         embeddings = 2 * linear(1, VOCABULARY, self.hidden, width)
         return (distinct * decoder_layer(self, 1, width=width) + embeddings + vision(self, width)).bytes
 
-    def fitting(self, room: float, distinct: int, width: int = 2) -> Shape:
-        """Half as wide, and again, until the weights and half as much again have room."""
+    def fitting(self, memory: float, distinct: int, width: int = 2) -> Shape:
+        """This shape, halved in width until 1.5 times its weights fit into `memory` bytes."""
         shape = self
-        while 1.5 * shape.weights(distinct, width) > room and shape.heads % 2 == 0:
+        while 1.5 * shape.weights(distinct, width) > memory and shape.heads % 2 == 0:
             shape = replace(shape, hidden=shape.hidden // 2, mlp=shape.mlp // 2, heads=shape.heads // 2)
         return shape
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, and bytes to and from memory."""
+    """Floating-point operations, and bytes of memory traffic."""
 
     flops: float
     bytes: float
@@ -66,30 +66,30 @@ class Work:
         return Work(times * self.flops, times * self.bytes)
 
     def __str__(self) -> str:
-        return f"{_counted(self.flops)}FLOP, {_counted(self.bytes)}B"
+        return f"{_with_prefix(self.flops)}FLOP, {_with_prefix(self.bytes)}B"
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The longer of the two: a perfect machine does both at once."""
+        """The longer of computing and loading: a perfect machine overlaps them."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 def linear(tokens: int, inputs: int, outputs: int, width: int = 2) -> Work:
-    """A matrix product; `width`: bytes of a weight."""
+    """A linear layer over `tokens` tokens; `width`: bytes of a weight."""
     return Work(2 * tokens * inputs * outputs, width * inputs * outputs)
 
 
 def attention(pairs: int, hidden: int) -> Work:
-    """Scores and weighted values of so many pairs of a query and a key, over all heads."""
+    """Attention scores and weighted values of `pairs` query-key pairs, over all heads."""
     return Work(4 * pairs * hidden, 0)
 
 
 def causal_pairs(tokens: int, before: int = 0) -> int:
-    """Each of `tokens` looks at itself and at all before it, `before` of them known already."""
+    """Query-key pairs of `tokens` tokens in causal attention, after `before` cached ones."""
     return tokens * before + tokens * (tokens + 1) // 2
 
 
 def decoder_layer(shape: Shape, tokens: int, before: int = 0, width: int = 2) -> Work:
-    """Queries, keys, values, output; gate, up, down; causal attention."""
+    """One decoder layer over `tokens` tokens after `before` cached ones: 4 projections, the MLP's 3, attention."""
     projections, mlp = (
         linear(tokens, shape.hidden, shape.hidden, width),
         linear(tokens, shape.hidden, shape.mlp, width),
@@ -98,14 +98,14 @@ def decoder_layer(shape: Shape, tokens: int, before: int = 0, width: int = 2) ->
 
 
 def last_row(shape: Shape, tokens: int, before: int = 0, width: int = 2) -> Work:
-    """What the deepest layer needs: keys of all tokens, one query, its scores. No values, no output, no MLP."""
+    """The last token's attention row in one layer: all keys, one query, its scores; no values, output or MLP."""
     keys = linear(tokens, shape.hidden, shape.hidden, width)
     query = linear(1, shape.hidden, shape.hidden, width)
     return keys + query + Work(2 * (before + tokens) * shape.hidden, 0)
 
 
 def vision(shape: Shape, width: int = 2) -> Work:
-    """Patches, all layers but the last (LLaVA takes the one before it), and the projector."""
+    """Patch embedding, all vision layers but the last (LLaVA uses the penultimate one's output), and the projector."""
     tokens, hidden = shape.image_tokens + 1, shape.vision_hidden
     patches = linear(shape.image_tokens, 3 * shape.patch**2, hidden, width)
     layer = 4 * linear(tokens, hidden, hidden, width) + 2 * linear(tokens, hidden, shape.vision_mlp, width)
@@ -115,26 +115,27 @@ def vision(shape: Shape, width: int = 2) -> Work:
     return patches + layers + first + second
 
 
-def capture(shape: Shape, tokens: int, last_layer: int | None = None, width: int = 2) -> Work:
-    """The rows of the last token in every layer up to `last_layer` (from 0; None: all), one expression."""
+def capture_work(shape: Shape, tokens: int, last_layer: int | None = None, width: int = 2) -> Work:
+    """The last token's attention rows of one expression, in every layer up to `last_layer` (from 0; None: all)."""
     deepest = shape.layers - 1 if last_layer is None else last_layer
     below = deepest * decoder_layer(shape, tokens, width=width)
     return vision(shape, width) + below + last_row(shape, tokens, width=width)
 
 
-def shared_capture(shape: Shape, prefix: int, suffixes: list[int], width: int = 2) -> Work:
-    """The same for several expressions of one image: the prefix once, the ends as one batch."""
-    ends = [
+def shared_capture_work(shape: Shape, prefix: int, suffixes: list[int], width: int = 2) -> Work:
+    """The same for several expressions of one image: the shared prefix once, the suffixes as one batch."""
+    suffix_work = [
         (shape.layers - 1) * decoder_layer(shape, tokens, prefix) + last_row(shape, tokens, prefix)
         for tokens in suffixes
     ]
-    # The weights are read once, for the prefix and all ends together.
-    return capture(shape, prefix, width=width) + Work(sum(end.flops for end in ends), 0)
+    # The weights are read once, for the prefix and all suffixes together.
+    return capture_work(shape, prefix, width=width) + Work(sum(work.flops for work in suffix_work), 0)
 
 
-def _counted(number: float) -> str:
-    """
-    >>> _counted(2_500_000), _counted(1.5e13)
+def _with_prefix(number: float) -> str:
+    """The number with an SI prefix.
+
+    >>> _with_prefix(2_500_000), _with_prefix(1.5e13)
     ('2.5 M', '15.0 T')
     """
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):

@@ -1,10 +1,10 @@
-"""What a GPU makes of it, at the true sizes of LLaVA-1.5-7B and Qwen3-VL-8B with random weights: at most ten minutes.
+"""Benchmarks on a GPU, with models of LLaVA-1.5-7B's and Qwen3-VL-8B's sizes and random weights: at most ten minutes.
 
     python -m benchmarks.gpu --json gpu.json --markdown gpu.md
 
-Nothing is fetched. It needs torch, transformers, numpy, scipy, Pillow, OpenCV and pydantic; not Hydra. Each part
-begins only if there is time left, and what was measured is written after each part. `--toy` runs everything at toy
-size, on a CPU as well, to see that it runs.
+Nothing is downloaded. Needs torch, transformers, numpy, scipy, Pillow, OpenCV and pydantic, but not Hydra. A part
+begins only if there is time left, and the results are written after each part. `--toy` is a smoke test at toy size,
+which also runs on a CPU.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmarks.capture import ours, prefill
-from benchmarks.early_exit import HEADS_IN, ground, whole_prefill
+from benchmarks.capture import capture_rows, prefill
+from benchmarks.early_exit import HEADS_LAYER, ground, whole_prefill
 from benchmarks.floor import Shape
 from benchmarks.memory import peak_bytes
 from benchmarks.models import EXPRESSIONS, QUICK, random_llava, sample_image
-from benchmarks.published import published
+from benchmarks.published import published_method
 from benchmarks.qwen import CELL, TOY, QwenShape, random_qwen
-from benchmarks.timing import Timings, interleaved, synchronize
+from benchmarks.timing import Timings, synchronize, time_interleaved
 from localization_heads.data.samples import Sample
 from localization_heads.finding import find_heads
 from localization_heads.lvlm.checks.doctor import compare_with_eager
@@ -45,13 +45,13 @@ from localization_heads.lvlm.forward.failures import memory_errors
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import CriteriaOptions
 
-LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Largest difference of captured rows from eager ones."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Largest allowed difference between captured and eager attention rows."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of the result. `goal` is at most (`<=`) or at least (`>=`) what `value` may be."""
+    """One row of the result; `goal` is an upper limit of `value`, or a lower one if `at_least`."""
 
     part: str
     what: str
@@ -70,7 +70,7 @@ class Fact:
 
 @dataclass
 class Bench:
-    """What the parts share: the device, the sizes, and the one model that is in memory."""
+    """What the parts share: the device, the sizes, the LLaVA in memory, and the facts so far."""
 
     device: torch.device
     toy: bool
@@ -89,15 +89,15 @@ class Bench:
     def llava(self) -> LVLM:
         return random_llava(self.shape, self.device, torch.bfloat16)
 
-    def time(self, **ways: Callable[[], Any]) -> Timings:
-        return interleaved(ways, self.rounds, at_most=20)
+    def time(self, **variants: Callable[[], Any]) -> Timings:
+        return time_interleaved(variants, self.rounds, max_seconds=20)
 
-    def ratio(self, timings: Timings, one: str, other: str) -> float:
-        return median(timings.ratios(one, other))
+    def ratio(self, timings: Timings, variant: str, other: str) -> float:
+        return median(timings.ratios(variant, other))
 
 
 def parity(bench: Bench) -> Iterator[Fact]:
-    """Captured against eager attention, on four layers, by precision and kernel."""
+    """Captured against eager attention rows on four layers, by precision and kernel."""
     kernels = ["sdpa", "eager", *(["flash_attention_2"] if find_spec("flash_attn") else [])]
     shape = QUICK if bench.toy else Shape(layers=4, hidden=1024, mlp=2752, heads=8)
     for dtype in (torch.float32, torch.bfloat16):
@@ -107,60 +107,66 @@ def parity(bench: Bench) -> Iterator[Fact]:
             if kernel.startswith("flash") and dtype == torch.float32:
                 continue
             lvlm.model.model.language_model.set_attn_implementation(kernel)
-            found = compare_with_eager(lvlm, inputs, Query()).difference
+            difference = compare_with_eager(lvlm, inputs, Query()).difference
             yield Fact(
                 "parity",
-                f"capture against eager, {kernel}, {_name(dtype)}",
-                found,
+                f"capture against eager, {kernel}, {_dtype_name(dtype)}",
+                difference,
                 "of weight 1",
-                LIMIT[dtype],
+                TOLERANCES[dtype],
             )
     if "flash_attention_2" not in kernels:
         yield Fact("parity", "flash attention", None, note="flash-attn is not installed: not run")
 
 
 def prefill_cost(bench: Bench) -> Iterator[Fact]:
-    """Every head's row against the plain prefill, in time and memory."""
+    """Capturing every head's row against a plain prefill, in time and memory."""
     yield from _capture_cost("llava", bench, bench.llava, bench.image)
 
 
 def _capture_cost(part: str, bench: Bench, lvlm: LVLM, image: Image.Image) -> Iterator[Fact]:
     inputs = lvlm.model_inputs([image], [lvlm.prompt(EXPRESSIONS[0])])
     tokens = inputs["input_ids"].shape[1]
-    timings = bench.time(capture=lambda: ours(lvlm, inputs), prefill=lambda: prefill(lvlm, inputs))
+    timings = bench.time(capture=lambda: capture_rows(lvlm, inputs), prefill=lambda: prefill(lvlm, inputs))
     what = f"{tokens} tokens, {lvlm.name.partition(', ')[2]}"
     yield Fact(
         part, f"capture / plain sdpa prefill, {what}", bench.ratio(timings, "capture", "prefill"), "x", 1.02
     )
     yield Fact(part, "prefill", 1e3 * timings.median("prefill"), "ms")
-    here, there = (peak_bytes(lambda way=way: way(lvlm, inputs)) for way in (ours, prefill))
-    if here and there:
-        yield Fact(part, "the same: peak memory over the weights", here / there, "x")
+    capture_peak, prefill_peak = (
+        peak_bytes(lambda run=run: run(lvlm, inputs)) for run in (capture_rows, prefill)
+    )
+    if capture_peak and prefill_peak:
+        yield Fact(part, "the same: peak memory over the weights", capture_peak / prefill_peak, "x")
 
 
 def published_way(bench: Bench) -> Iterator[Fact]:
-    """Seven expressions of one image: eager with all maps and ten tokens each, against ours apart and shared."""
+    """Seven expressions of one image: the published procedure, against encoding the image seven times or once."""
     lvlm, image = bench.llava, bench.image
 
-    def theirs() -> None:
+    def run_published() -> None:
         for text in EXPRESSIONS[: 1 if bench.toy else 2]:
-            published(lvlm, lvlm.model_inputs([image], [lvlm.prompt(text)]))
+            published_method(lvlm, lvlm.model_inputs([image], [lvlm.prompt(text)]))
 
     timings = bench.time(
-        published=theirs,
+        published=run_published,
         apart=lambda: [lvlm.attend(image, text) for text in EXPRESSIONS],
         shared=lambda: lvlm.encode_image(image).attend(EXPRESSIONS),
     )
     scale = len(EXPRESSIONS) / (1 if bench.toy else 2)
-    for way, goal in (("apart", 10.0), ("shared", 20.0)):
-        value = scale * bench.ratio(timings, "published", way)
-        yield Fact("published", f"expressions a second, {way} / published", value, "x", goal, at_least=True)
-        yield Fact("published", f"expressions a second, {way}", len(EXPRESSIONS) / timings.median(way), "1/s")
+    for variant, goal in (("apart", 10.0), ("shared", 20.0)):
+        value = scale * bench.ratio(timings, "published", variant)
+        yield Fact(
+            "published", f"expressions a second, {variant} / published", value, "x", goal, at_least=True
+        )
+        yield Fact(
+            "published", f"expressions a second, {variant}", len(EXPRESSIONS) / timings.median(variant), "1/s"
+        )
 
 
 def early_exit(bench: Bench) -> Iterator[Fact]:
-    """Grounding with heads in layer 14, image to box, against the prefill that any answer begins with."""
-    lvlm, last = bench.llava, HEADS_IN * bench.shape.layers // Shape().layers
+    """Grounding with heads in layer 14, image to box, against the prefill that any generated answer begins with."""
+    lvlm, last = bench.llava, HEADS_LAYER * bench.shape.layers // Shape().layers
     timings = bench.time(
         early=lambda: ground(lvlm, bench.image, last, last_layer=last),
         whole=lambda: whole_prefill(lvlm, bench.image),
@@ -175,10 +181,10 @@ def early_exit(bench: Bench) -> Iterator[Fact]:
 
 
 def discovery(bench: Bench) -> Iterator[Fact]:
-    """`find_heads` end to end: expressions a second, and how much of the time the model is at work."""
+    """`find_heads` end to end: expressions per second, and the share of the time spent in the model."""
     lvlm = bench.llava
-    pictures = [_noise(seed) for seed in range(2 if bench.toy else 16)]
-    samples = [Sample(picture, text) for picture in pictures for text in EXPRESSIONS]
+    images = [_noise(seed) for seed in range(2 if bench.toy else 16)]
+    samples = [Sample(image, text) for image in images for text in EXPRESSIONS]
     criteria = CriteriaOptions(exclude_layers=0 if bench.toy else 2)
     find_heads(lvlm, samples[: len(EXPRESSIONS)], criteria=criteria)
     start = perf_counter()
@@ -192,9 +198,9 @@ def discovery(bench: Bench) -> Iterator[Fact]:
 
 
 def _model_seconds(lvlm: LVLM, samples: Sequence[Sample]) -> float:
-    """Seconds in the model alone, synchronized: encoding each image, then the rows of its expressions."""
+    """Seconds in the model alone, synchronised: encoding each image, then the rows of its expressions."""
     images = {id(sample.image): sample.image for sample in samples}
-    spent = 0.0
+    total = 0.0
     for image in images.values():
         encoded = lvlm.encode_image(image)
         prompts = [encoded.prepare(text) for text in EXPRESSIONS]
@@ -203,36 +209,35 @@ def _model_seconds(lvlm: LVLM, samples: Sequence[Sample]) -> float:
         encoded.encode()
         encoded.attend_prepared(prompts)
         synchronize()
-        spent += perf_counter() - start
-    return spent
+        total += perf_counter() - start
+    return total
 
 
 def batches(bench: Bench) -> Iterator[Fact]:
     """The largest batch of images that fits, doubling up to 256."""
-    lvlm, size, fits, rate = bench.llava, 1, 0, 0.0
-    most = 4 if bench.toy else 256
-    while size <= most:
-        pictures = [bench.image] * size
-        inputs = lvlm.model_inputs(pictures, [lvlm.prompt(EXPRESSIONS[0])] * size)
+    lvlm, size, largest, rate = bench.llava, 1, 0, 0.0
+    limit = 4 if bench.toy else 256
+    while size <= limit:
+        inputs = lvlm.model_inputs([bench.image] * size, [lvlm.prompt(EXPRESSIONS[0])] * size)
         try:
             with memory_errors():
-                ours(lvlm, inputs)
+                capture_rows(lvlm, inputs)
                 start = perf_counter()
-                ours(lvlm, inputs)
+                capture_rows(lvlm, inputs)
                 synchronize()
         except Exception as error:
             if "memory" not in str(error):
                 raise
             torch.cuda.empty_cache()
             break
-        fits, rate = size, size / (perf_counter() - start)
+        largest, rate = size, size / (perf_counter() - start)
         size *= 2
-    yield Fact("batch", f"largest batch that fits, of {most} tried at most", fits, "images")
+    yield Fact("batch", f"largest batch that fits, of {limit} tried at most", largest, "images")
     yield Fact("batch", "its captures a second, images anew each", rate, "1/s")
 
 
 def qwen(bench: Bench) -> Iterator[Fact]:
-    """The same for a Qwen3-VL-8B-shaped model at 1,024 image tokens."""
+    """Capture and sharing with a model of Qwen3-VL-8B's shape, at 1,024 image tokens."""
     bench.__dict__.pop("llava", None)  # one model at a time
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -244,12 +249,14 @@ def qwen(bench: Bench) -> Iterator[Fact]:
         apart=lambda: [lvlm.attend(image, text) for text in EXPRESSIONS],
         shared=lambda: lvlm.encode_image(image).attend(EXPRESSIONS),
     )
-    for way in ("apart", "shared"):
-        yield Fact("qwen", f"expressions a second, {way}", len(EXPRESSIONS) / timings.median(way), "1/s")
+    for variant in ("apart", "shared"):
+        yield Fact(
+            "qwen", f"expressions a second, {variant}", len(EXPRESSIONS) / timings.median(variant), "1/s"
+        )
 
 
 def cuda_tests(bench: Bench) -> Iterator[Fact]:
-    """The tests that need a GPU: every family that can be built here."""
+    """The tests that need a GPU."""
     what = "tests/test_gpu.py"
     missing = [name for name in ("pytest", "hypothesis", "hydra", "omegaconf") if find_spec(name) is None]
     if bench.device.type != "cuda" or missing:
@@ -257,11 +264,13 @@ def cuda_tests(bench: Bench) -> Iterator[Fact]:
         yield Fact("tests", what, None, note=note)
         return
     tests = Path(__file__).parents[1] / "tests" / "test_gpu.py"
-    spread = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *spread, str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tests.parents[1])
-    said = [line for line in done.stdout.splitlines() if " passed" in line or line.startswith("FAILED")]
-    yield Fact("tests", what, float(done.returncode), "exit status", 0.0, note="; ".join(said[-3:]))
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *parallel, str(tests)]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tests.parents[1])
+    summary = [
+        line for line in completed.stdout.splitlines() if " passed" in line or line.startswith("FAILED")
+    ]
+    yield Fact("tests", what, float(completed.returncode), "exit status", 0.0, note="; ".join(summary[-3:]))
 
 
 PARTS = (parity, prefill_cost, published_way, early_exit, discovery, batches, qwen, cuda_tests)
@@ -270,25 +279,25 @@ PARTS = (parity, prefill_cost, published_way, early_exit, discovery, batches, qw
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options().parse_args(arguments)
     if not torch.cuda.is_available() and not options.toy:
-        sys.stderr.write("error: there is no GPU here; --toy runs everything at toy size on the CPU\n")
+        sys.stderr.write("error: no GPU found; use --toy to run everything at toy size on the CPU\n")
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench, begin, failed = Bench(device, options.toy, options.rounds), perf_counter(), 0
+    bench, start, failures = Bench(device, options.toy, options.rounds), perf_counter(), 0
     for part in PARTS:
         what = (part.__doc__ or "").splitlines()[0]
-        if perf_counter() - begin > 60 * options.minutes * 0.85:
+        if perf_counter() - start > 60 * options.minutes * 0.85:
             bench.facts.append(Fact(part.__name__, what, None, note="no time was left"))
             continue
-        sys.stderr.write(f"{perf_counter() - begin:5.0f} s  {what}\n")
+        sys.stderr.write(f"{perf_counter() - start:5.0f} s  {what}\n")
         try:
             bench.facts.extend(part(bench))
-        except Exception as error:  # the others are worth having
-            failed += 1
+        except Exception as error:  # the other parts still run
+            failures += 1
             note = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             bench.facts.append(Fact(part.__name__, what, None, note=note))
         _write(options, bench)
-    sys.stdout.write(markdown_of(bench.facts, _machine(bench)) + "\n")
-    return 1 if failed else 0
+    sys.stdout.write(markdown_table(bench.facts, _machine(bench)) + "\n")
+    return 1 if failures else 0
 
 
 def _write(options: argparse.Namespace, bench: Bench) -> None:
@@ -299,7 +308,7 @@ def _write(options: argparse.Namespace, bench: Bench) -> None:
             json.dumps({**machine, "facts": rows}, indent=1) + "\n", encoding="utf-8"
         )
     if options.markdown:
-        Path(options.markdown).write_text(markdown_of(bench.facts, machine) + "\n", encoding="utf-8")
+        Path(options.markdown).write_text(markdown_table(bench.facts, machine) + "\n", encoding="utf-8")
 
 
 def _machine(bench: Bench) -> dict[str, str]:
@@ -315,7 +324,7 @@ def _machine(bench: Bench) -> dict[str, str]:
     }
 
 
-def markdown_of(facts: Sequence[Fact], machine: dict[str, str]) -> str:
+def markdown_table(facts: Sequence[Fact], machine: dict[str, str]) -> str:
     lines = ["| part | what | measured | goal |", "| --- | --- | --- | --- |"]
     for fact in facts:
         value = fact.note or "-" if fact.value is None else f"{fact.value:.3g} {fact.unit}".rstrip()
@@ -329,7 +338,7 @@ def _noise(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (480, 640, 3), dtype=np.uint8))
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -337,13 +346,13 @@ def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything there")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table there")
-    parser.add_argument("--minutes", type=float, default=10, help="after 85 %% of them no part begins (10)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed, at most (5)")
+    parser.add_argument("--json", metavar="FILE", help="write the facts as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     parser.add_argument(
-        "--toy", action="store_true", help="toy sizes: see that everything runs, on a CPU too"
+        "--minutes", type=float, default=10, help="no part begins after 85 %% of this time (10)"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed, at most (5)")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, as a smoke test; also runs on a CPU")
     return parser
 
 

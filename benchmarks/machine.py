@@ -1,4 +1,4 @@
-"""What this machine is and how fast it can be: the measure for "reached" in the table."""
+"""The machine and its measured peak arithmetic and memory speed, the reference for the column "reached"."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Machine:
     """
     Args:
         dtype: the faster of float32 and bfloat16.
-        flops, bandwidth: the best of several large matrix products and copies, a second, at the start.
-        probe: one such product, to run beside what is timed: a busy machine is slower than it was at the start.
-        probe_flops: its operations.
-        memory: bytes that were free for models; None where the system does not say.
+        flops, bandwidth: operations and bytes per second, the best of several large matrix products and copies.
+        probe: one such product. It is timed with the variants, since a busy machine is slower than at the start.
+        probe_flops: operations of the probe.
+        memory: free bytes at the start; None if the system does not say.
     """
 
     device: torch.device
@@ -39,12 +39,13 @@ class Machine:
     memory: int | None = None
 
     def floor(self, work: Work, probe_seconds: float) -> float:
-        """Seconds that the least work takes at the speed that the probe had in the same round."""
+        """Seconds that `work` takes at least, at the speed that the probe reached in the same round."""
         share = self.probe_flops / probe_seconds / self.flops
         return work.seconds(share * self.flops, share * self.bandwidth)
 
     @property
     def width(self) -> int:
+        """Bytes of a weight."""
         return self.dtype.itemsize
 
     def describe(self) -> str:
@@ -59,33 +60,33 @@ class Machine:
 
 def measure(*, quick: bool = False) -> Machine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    probes = {dtype: _product(device, dtype, quick) for dtype in (torch.float32, torch.bfloat16)}
-    seconds = {dtype: _best(probe) for dtype, probe in probes.items()}
-    dtype = min(seconds, key=lambda kind: seconds[kind])
-    operations = 2.0 * math.prod(_sizes(quick))
-    rate, bandwidth = operations / seconds[dtype], _copy_rate(device, quick)
-    return Machine(device, dtype, rate, bandwidth, probes[dtype], operations, free_memory(device))
+    probes = {dtype: _matrix_product(device, dtype, quick) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: _fastest_seconds(probe) for dtype, probe in probes.items()}
+    dtype = min(seconds, key=seconds.__getitem__)
+    probe_flops = 2.0 * math.prod(_matrix_sizes(quick))
+    flops, bandwidth = probe_flops / seconds[dtype], _copy_bandwidth(device, quick)
+    return Machine(device, dtype, flops, bandwidth, probes[dtype], probe_flops, free_memory(device))
 
 
-def _sizes(quick: bool) -> tuple[int, int, int]:
+def _matrix_sizes(quick: bool) -> tuple[int, int, int]:
     """Tokens, inputs and outputs of LLaVA-1.5-7B's largest product for a prompt of 640 tokens."""
     return (64, 256, 256) if quick else (640, 4096, 11008)
 
 
-def _product(device: torch.device, dtype: torch.dtype, quick: bool) -> Callable[[], Any]:
-    tokens, inputs, outputs = _sizes(quick)
+def _matrix_product(device: torch.device, dtype: torch.dtype, quick: bool) -> Callable[[], Any]:
+    tokens, inputs, outputs = _matrix_sizes(quick)
     left = torch.randn(tokens, inputs, device=device).to(dtype)
     weight = torch.randn(outputs, inputs, device=device).to(dtype)
     return lambda: torch.nn.functional.linear(left, weight)
 
 
-def _copy_rate(device: torch.device, quick: bool) -> float:
+def _copy_bandwidth(device: torch.device, quick: bool) -> float:
     source = torch.zeros((1 if quick else 256) << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _best(lambda: target.copy_(source))
+    return 2 * source.numel() / _fastest_seconds(lambda: target.copy_(source))
 
 
-def _best(work: Callable[[], Any], runs: int = 6) -> float:
+def _fastest_seconds(work: Callable[[], Any], runs: int = 6) -> float:
     times = []
     for _ in range(runs):
         start = perf_counter()

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its height, beyond what was there before it."""
+"""Peak memory of a piece of work, above what was allocated before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """Of the GPU if there is one, else of this process (Linux only; None elsewhere)."""
+    """Peak bytes that `work` adds: of the GPU if there is one, else of this process (Linux only; None elsewhere)."""
     import torch
 
     gc.collect()
@@ -30,18 +30,18 @@ def peak_bytes(work: Callable[[], Any]) -> int | None:
 
 
 def free_memory(device: Any) -> int | None:
-    """Bytes that can be had on a device (Linux only on the CPU; None elsewhere)."""
+    """Free bytes of a device; on the CPU on Linux only, None elsewhere."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
     if not sys.platform.startswith("linux"):
         return None
-    return kilobytes(Path("/proc/meminfo"), "MemAvailable")
+    return proc_bytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def reset_peak() -> int:
-    """Forget the process's highest resident size; returns the present one, in bytes."""
+    """Reset the process's peak resident set size; returns the present size in bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -49,15 +49,16 @@ def reset_peak() -> int:
 
 
 def resident_peak() -> int:
-    """The highest resident size since `reset_peak`, in bytes."""
+    """Peak resident set size since `reset_peak`, in bytes."""
     return _status("VmHWM")
 
 
 def _status(field: str) -> int:
-    return kilobytes(Path("/proc/self/status"), field)
+    return proc_bytes(Path("/proc/self/status"), field)
 
 
-def kilobytes(file: Path, field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", file.read_text())
-    assert found is not None
-    return 1024 * int(found[1])
+def proc_bytes(file: Path, field: str) -> int:
+    """A field of a file below /proc that is given in kB, in bytes."""
+    match = re.search(rf"{field}:\s+(\d+) kB", file.read_text())
+    assert match is not None
+    return 1024 * int(match[1])

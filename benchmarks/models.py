@@ -1,4 +1,4 @@
-"""A LLaVA of any shape with random weights and its real processors: what time and memory depend on, no more."""
+"""LLaVA models of any shape with random weights: time and memory do not depend on the weights' values."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ EXPRESSIONS = [
     "a woman holding the umbrella",
     "left zebra",
 ]
-"""Seven, as RefCOCO asks of an image."""
+"""Seven expressions, about as many as RefCOCO has per image."""
 
 QUICK = Shape(2, 64, 128, 4, 2, 32, 64, 2, side=56, patch=14)
-"""For tests: everything runs, nothing is measured."""
+"""Toy size for smoke tests."""
 
 
 def sample_image() -> Image.Image:
-    """Noise of RefCOCO's usual size."""
+    """Random noise of a typical RefCOCO image's size."""
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -49,17 +49,17 @@ def sample_image() -> Image.Image:
 def random_llava(
     shape: Shape, device: torch.device, dtype: torch.dtype, *, distinct: int | None = None
 ) -> LVLM:
-    """The model as `load_model` would give it.
+    """A LLaVA with random weights, as `load_model` would return it.
 
     Args:
-        distinct: layers with weights of their own; the others use these again, in turn. A layer's weights are far
-            larger than any cache, so this saves memory and not time.
+        distinct: how many decoder layers have weights of their own; the others repeat these in turn. A layer's weights
+            are far larger than any CPU cache, so this saves memory but no time.
     """
     torch.manual_seed(0)
-    own = min(shape.layers, distinct or shape.layers)
-    with device:  # billions of random numbers are made where they are used
+    distinct = min(shape.layers, distinct or shape.layers)
+    with device:  # initialise the weights on the device
         model = LlavaForConditionalGeneration._from_config(
-            _config(shape, own), attn_implementation="sdpa", dtype=dtype
+            _config(shape, distinct), attn_implementation="sdpa", dtype=dtype
         )
     _repeat_layers(model.model.language_model, shape.layers)
     spec = ModelSpec(name=f"random LLaVA, {shape.layers} layers of {shape.hidden}")
@@ -68,7 +68,7 @@ def random_llava(
 
 @contextmanager
 def eager(lvlm: LVLM) -> Iterator[None]:
-    """The language model with eager attention, which hands out its maps."""
+    """Switch the language model to eager attention, which returns attention matrices, while the block runs."""
     language_model = lvlm.model.model.language_model
     language_model.set_attn_implementation("eager")
     try:
@@ -102,13 +102,13 @@ def _config(shape: Shape, layers: int) -> LlavaConfig:
 
 
 def _repeat_layers(language_model: Any, count: int) -> None:
-    """Fill up with copies that share the parameters of the layers that are there."""
+    """Extend the model to `count` layers with copies that share the parameters of the existing ones."""
     layers = language_model.layers
     for index in range(len(layers), count):
         original = layers[index % language_model.config.num_hidden_layers]
-        twin = deepcopy(original, {id(parameter): parameter for parameter in original.parameters()})
-        twin.self_attn.layer_idx = index
-        layers.append(twin)
+        copy = deepcopy(original, {id(parameter): parameter for parameter in original.parameters()})
+        copy.self_attn.layer_idx = index
+        layers.append(copy)
     language_model.config.num_hidden_layers = count
 
 
@@ -124,7 +124,7 @@ def _processor(shape: Shape) -> LlavaProcessor:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word, about as many as the real one makes of these."""
+    """One token per word, about as many as the real tokenizer makes of these expressions."""
     split = pre_tokenizers.Whitespace()
     words = {word for text in (LLAVA_SYSTEM, *EXPRESSIONS, ".") for word, _ in split.pre_tokenize_str(text)}
     tokens = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *sorted(words)]

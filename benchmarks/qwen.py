@@ -1,4 +1,4 @@
-"""A Qwen3-VL of any size with random weights and its real image processor, for `benchmarks.gpu`."""
+"""Qwen3-VL models of any size with random weights and the real image processor, for `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 
 CELL = 32
-"""Pixels of an image token's side: two patches of 16."""
+"""Side of an image token in pixels: two patches of 16."""
 
 
 @dataclass(frozen=True)
 class QwenShape:
-    """Sizes of a Qwen3-VL; the defaults are the 8B's."""
+    """Sizes of a Qwen3-VL; the defaults are Qwen3-VL-8B's."""
 
     layers: int = 36
     hidden: int = 4096
@@ -41,7 +41,7 @@ TOY = QwenShape(2, 64, 64, 4, 2, 16, 2, 32, 32, 2, 512)
 
 
 def random_qwen(shape: QwenShape, device: torch.device, dtype: torch.dtype) -> LVLM:
-    """The model as `load_model` would give it."""
+    """A Qwen3-VL with random weights, as `load_model` would return it."""
     tokenizer = _tokenizer()
     sections = [shape.head_dim // 8, shape.head_dim * 3 // 16, shape.head_dim * 3 // 16]
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}

@@ -1,4 +1,4 @@
-"""A line of the table: two ways, their ratio, and how far ours is from what the arithmetic needs."""
+"""Rows of the result table: two variants, their ratio, and how close ours comes to the least time possible."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BEGIN, END = "<!-- table of python -m benchmarks -->", "<!-- end of table -->"
-"""Where a page has its table."""
+"""The marks around the table on a page."""
 PROBE = "machine"
-"""The way that is no way: the machine's probe, timed in every round."""
+"""Name under which the machine's probe is timed in every round, next to the variants."""
+
+COLUMNS = ("", "what", "here", "the other way", "ratio", "goal", "least work", "floor", "reached")
 
 
 @dataclass(frozen=True)
 class Row:
     """
     Args:
-        key: the letter of its benchmark.
-        ratio, low, high: median, smallest and largest over the rounds; None where nothing was compared.
-        fastest: the ratio of the fastest round of each way.
-        goal: what the ratio may be at most.
-        floor: seconds that the least work takes at the speed that this machine had in the same rounds.
-        share: floor over what we took; both are medians over the rounds.
+        key: the letter of the benchmark.
+        ratio, low, high: median, smallest and largest ratio over the rounds; None if nothing was compared.
+        goal: upper limit of the ratio.
+        floor: seconds that the least work takes at the speed of this machine in the same rounds (median).
+        share: floor divided by our time (median over the rounds).
+        fastest: the ratio of the variants' fastest rounds.
     """
 
     key: str
@@ -64,10 +66,10 @@ def timed_row(
     machine: Machine | None = None,
     note: str = "",
 ) -> Row:
-    """The row of two ways that were timed in the same rounds; with `work`, beside the machine's probe."""
+    """The row of two variants that were timed in the same rounds; `work` and `machine` together give the floor."""
     ratios = timings.ratios(ours, other)
     floors = [machine.floor(work, probe) for probe in timings.seconds[PROBE]] if work and machine else []
-    shares = [floor / ours for floor, ours in zip(floors, timings.seconds[ours], strict=False)]
+    shares = [floor / seconds for floor, seconds in zip(floors, timings.seconds[ours], strict=False)]
     return Row(
         key,
         what,
@@ -86,9 +88,9 @@ def timed_row(
 
 
 def failed_row(key: str, what: str, error: Exception) -> Row:
-    """In place of the rows of a benchmark that failed: the last line of what it, or its process, said."""
-    said = error.stderr if isinstance(error, CalledProcessError) and error.stderr else f"{error}"
-    text = said.decode(errors="replace") if isinstance(said, bytes) else said
+    """The row of a benchmark that failed: the last line of its error, or of its subprocess's."""
+    message = error.stderr if isinstance(error, CalledProcessError) and error.stderr else f"{error}"
+    text = message.decode(errors="replace") if isinstance(message, bytes) else message
     lines = text.strip().splitlines() or [""]
     return Row(key, what, note=f"failed: {type(error).__name__}: {lines[-1]}")
 
@@ -106,12 +108,12 @@ def bytes_text(count: float) -> str:
     return f"{count / 1e6:.0f} MB" if count < 1e10 else f"{count / 1e9:.1f} GB"
 
 
-def table_of(rows: Sequence[Row], caption: str) -> Table:
-    from rich.markup import escape  # `benchmarks.gpu` does without
+def rich_table(rows: Sequence[Row], caption: str) -> Table:
+    from rich.markup import escape  # imported here: `benchmarks.gpu` must run without rich
     from rich.table import Table
 
     table = Table(caption=caption, caption_justify="left")
-    for column in ("", "what", "here", "the other way", "ratio", "goal", "least work", "floor", "reached"):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("", "what", "least work") else "right")
     for row in rows:
         table.add_row(*map(escape, cells(row)))
@@ -120,8 +122,8 @@ def table_of(rows: Sequence[Row], caption: str) -> Table:
 
 def cells(row: Row) -> list[str]:
     spread = f"{row.low:.2f} to {row.high:.2f}" if row.low is not None and row.high is not None else ""
-    best = "" if row.fastest is None else f"fastest {row.fastest:.2f}"
-    beside = "; ".join(filter(None, [spread, best]))
+    fastest = "" if row.fastest is None else f"fastest {row.fastest:.2f}"
+    details = "; ".join(filter(None, [spread, fastest]))
     goal = "" if row.goal is None else f"{row.goal:.2f}"
     if row.goal is not None and row.ratio is not None:
         goal += " met" if row.ratio <= row.goal else " MISSED"
@@ -130,7 +132,7 @@ def cells(row: Row) -> list[str]:
         row.what + (f" [{row.note}]" if row.note else ""),
         row.ours,
         row.other,
-        "-" if row.ratio is None else f"{row.ratio:.2f}" + (f" ({beside})" if beside else ""),
+        "-" if row.ratio is None else f"{row.ratio:.2f}" + (f" ({details})" if details else ""),
         goal,
         row.work,
         "" if row.floor is None else seconds_text(row.floor),
@@ -138,18 +140,17 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def markdown_of(rows: Sequence[Row]) -> str:
-    """The same table for a document."""
-    head = ["", "what", "here", "the other way", "ratio", "goal", "least work", "floor", "reached"]
-    lines = [head, ["---"] * len(head), *(cells(row) for row in rows)]
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table as Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row) for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def put_into(page: Path, text: str | None) -> None:
-    """Replace what the page has between its two marks; with None, only see whether it has them (ValueError)."""
+def replace_table(page: Path, text: str | None) -> None:
+    """Replace the text between a page's two marks; with None, only check that they are there (else ValueError)."""
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"there is no place between {BEGIN!r} and {END!r}")
+        raise ValueError(f"the page needs the lines {BEGIN!r} and {END!r}")
     if text is not None:
         page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

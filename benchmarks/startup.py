@@ -1,4 +1,4 @@
-"""(h) What a command costs before it does anything: whole processes, against the goal of half a second."""
+"""(h) Start-up time of a command, measured on whole processes, against a limit of half a second."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COMMANDS = {
 
 
 def rows(setting: Setting) -> list[Row]:
-    ways = {name: lambda c=command: run(c) for name, command in COMMANDS.items()}  # type: ignore[misc]
-    timings = setting.time(ways)
+    variants = {name: lambda c=command: run(c) for name, command in COMMANDS.items()}  # type: ignore[misc]
+    timings = setting.time(variants)
     return [
         limit_row(KEY, f"{name}: whole process / limit", timings.median(name), LIMIT, seconds_text)
-        for name in ways
+        for name in variants
     ]
 
 

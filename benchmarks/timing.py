@@ -1,7 +1,7 @@
-"""The one way things are timed here: the ways take turns, round after round, and each round gives a ratio.
+"""Interleaved timing: the variants to compare take turns within each round, and each round gives a ratio.
 
-Whatever else the machine does meanwhile hits both ways of a round alike, so a ratio of one round means more than a
-quotient of two times taken minutes apart.
+Background load on the machine affects all variants of a round alike, so a ratio within a round is more reliable than a
+ratio of two times that were taken minutes apart.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-SCATTER = 0.15
-"""How much slower than its fastest round the median round of a way may be."""
-FEWEST = 2
-"""Rounds that every comparison gets, however long they take: one has no spread."""
+MAX_SCATTER = 0.15
+"""By how much a variant's median round may exceed its fastest before the rounds are repeated."""
+MIN_ROUNDS = 2
+"""Rounds that every comparison gets, however long they take: a single round has no spread."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every round by way, each list in the order of the rounds.
+    """Seconds of every round by variant, in the order of the rounds.
 
     Args:
-        repeated: whether the rounds scattered so much that as many were added.
+        repeated: whether a second set of rounds was added because the first scattered too much.
     """
 
     seconds: Mapping[str, list[float]]
@@ -35,59 +35,66 @@ class Timings:
     def rounds(self) -> int:
         return len(next(iter(self.seconds.values())))
 
-    def median(self, way: str) -> float:
-        return median(self.seconds[way])
+    def median(self, variant: str) -> float:
+        return median(self.seconds[variant])
 
-    def ratios(self, way: str, other: str) -> list[float]:
-        """`way` over `other`, a ratio a round."""
-        return [a / b for a, b in zip(self.seconds[way], self.seconds[other], strict=True)]
+    def ratios(self, variant: str, other: str) -> list[float]:
+        """The ratio `variant / other` of each round."""
+        return [a / b for a, b in zip(self.seconds[variant], self.seconds[other], strict=True)]
 
-    def fastest(self, way: str, other: str) -> float:
-        """The ratio of the fastest round of each: what is left when nothing else ran on the machine."""
-        return min(self.seconds[way]) / min(self.seconds[other])
+    def fastest(self, variant: str, other: str) -> float:
+        """The ratio of the fastest rounds, which background load disturbs least."""
+        return min(self.seconds[variant]) / min(self.seconds[other])
 
     @property
     def scatter(self) -> float:
-        """By how much the median round of the most disturbed way exceeds its fastest one; 0 for rounds all alike."""
+        """The largest relative excess of a variant's median round over its fastest; 0 if all rounds are equal."""
         return max(median(times) / min(times) - 1 for times in self.seconds.values())
 
 
-def interleaved(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, *, at_most: float | None = None, warm_up: bool = True
+def time_interleaved(
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    max_seconds: float | None = None,
+    warm_up: bool = True,
 ) -> Timings:
-    """Time every way once a round, in a random order, after one round that is not counted.
+    """Time every variant once per round, in random order.
 
     Args:
-        at_most: seconds after which no round begins, but for the first `FEWEST`.
+        max_seconds: no further round begins after this time, once `MIN_ROUNDS` are done.
+        warm_up: run one round first that is not counted.
     """
-    shuffled, begin = random.Random(0), perf_counter()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    rng, begin = random.Random(0), perf_counter()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-1 if warm_up else 0, rounds):
-        if at_most is not None and number >= FEWEST and perf_counter() - begin > at_most:
+        if max_seconds is not None and number >= MIN_ROUNDS and perf_counter() - begin > max_seconds:
             break
-        for name in shuffled.sample(list(ways), len(ways)):
+        for name in rng.sample(list(variants), len(variants)):
             gc.collect()
             start = perf_counter()
-            ways[name]()
+            variants[name]()
             synchronize()
             if number >= 0:
                 seconds[name].append(perf_counter() - start)
     return Timings(seconds)
 
 
-def settled(ways: Mapping[str, Callable[[], Any]], rounds: int, *, at_most: float | None = None) -> Timings:
-    """`interleaved`, and once more where the rounds scatter by more than `SCATTER`: the fastest ones mean more then."""
-    first = interleaved(ways, rounds, at_most=at_most)
-    if first.scatter <= SCATTER:
+def time_settled(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, *, max_seconds: float | None = None
+) -> Timings:
+    """`time_interleaved`, with as many rounds again if the first ones scatter by more than `MAX_SCATTER`."""
+    first = time_interleaved(variants, rounds, max_seconds=max_seconds)
+    if first.scatter <= MAX_SCATTER:
         return first
-    more = interleaved(ways, rounds, at_most=at_most, warm_up=False)
+    more = time_interleaved(variants, rounds, max_seconds=max_seconds, warm_up=False)
     return Timings(
         {name: [*times, *more.seconds[name]] for name, times in first.seconds.items()}, repeated=True
     )
 
 
 def synchronize() -> None:
-    """A GPU works on after the call has returned."""
+    """Wait for the GPU, if there is one: its kernels run asynchronously."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""(f) `find` over more and more workers, on the embedded model and its scenes."""
+"""(f) `find` with one, two and four ray workers, on the embedded model and the synthetic benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.setting import Setting
 
 KEY = "f"
 ROOT = Path(__file__).parents[1]
-TOO_LONG = 900  # seconds, for one command: then this benchmark has failed, and the others go on
+TIMEOUT = 900  # seconds for one command
 ONE_CORE = ("engine.cpus_per_worker=1", "engine.gpus_per_worker=0")
 
 
@@ -31,26 +31,28 @@ def rows(setting: Setting) -> list[Row]:
         data = ["data=scenes", f"scenes.count={count}", f"scenes.folder={folder}/scenes"]
         seconds_of("stage=scenes", *data)
         find = ["stage=find", *data, f"num_samples={count}", "num_threads=1", "device=cpu"]
-        alone = seconds_of(*find, "engine=local", f"output_dir={folder}/local")
-        found = []
+        local_seconds = seconds_of(*find, "engine=local", f"output_dir={folder}/local")
+        table = []
         for workers in (1, 2, 4)[: 1 if setting.quick else None]:
             if workers <= (os.cpu_count() or 1):
-                spread = [f"engine.num_workers={workers}", f"output_dir={folder}/{workers}"]
-                seconds = seconds_of(*find, "engine=ray", *ONE_CORE, *spread)
-                found.append(row(count, workers, seconds, alone))
-    return found
+                options = [f"engine.num_workers={workers}", f"output_dir={folder}/{workers}"]
+                seconds = seconds_of(*find, "engine=ray", *ONE_CORE, *options)
+                table.append(row(count, workers, seconds, local_seconds))
+    return table
 
 
-def row(count: int, workers: int, seconds: float, alone: float) -> Row:
+def row(count: int, workers: int, seconds: float, local_seconds: float) -> Row:
     what = f"find of {count} scenes: {workers} ray workers / engine=local, start-up included"
-    rates = f"{count / seconds:.1f} a second, locally {count / alone:.1f}"
-    return Row(KEY, what, seconds_text(seconds), seconds_text(alone), seconds / alone, note=rates)
+    rates = f"{count / seconds:.1f} a second, locally {count / local_seconds:.1f}"
+    return Row(
+        KEY, what, seconds_text(seconds), seconds_text(local_seconds), seconds / local_seconds, note=rates
+    )
 
 
 def seconds_of(*options: str) -> float:
-    """A whole command, one thread a process."""
+    """Wall time of a whole finder command, with one thread per process."""
     command = [sys.executable, str(ROOT / "localization_heads_finder.py"), *options]
     start = perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=TOO_LONG)
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=TIMEOUT)
     return perf_counter() - start

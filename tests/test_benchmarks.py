@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: formulas by hand and by torch's own counter, and every one of them runs."""
+"""Benchmarks: their formulas agree with hand calculation and torch's FLOP counter, and every benchmark runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from benchmarks import __main__ as command
 from benchmarks import aggregation, boxes, few_labels, floor, gpu, loading, machine, second_look, timing
 from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
-from benchmarks.gpu import Fact, markdown_of
+from benchmarks.gpu import Fact, markdown_table
 from benchmarks.memory import peak_bytes
 from benchmarks.models import EXPRESSIONS, QUICK, eager, random_llava, sample_image
-from benchmarks.result import BEGIN, END, cells, put_into, timed_row
+from benchmarks.result import BEGIN, END, cells, replace_table, timed_row
 from benchmarks.setting import Setting
-from benchmarks.sharing import check, token_counts
-from benchmarks.timing import FEWEST, Timings, interleaved
+from benchmarks.sharing import assert_maps_agree, token_counts
+from benchmarks.timing import MIN_ROUNDS, Timings, time_interleaved
 from localization_heads.heads.head import Head
 
 CPU = torch.device("cpu")
@@ -40,62 +40,60 @@ def small() -> Any:
 # ------------------------------------------------------------------------------------------------------ the floor
 
 
-def test_a_matrix_product_by_hand() -> None:
-    """3 tokens, 4 in, 5 out: 60 multiplications and 60 additions; 20 weights of 2 bytes."""
-    assert floor.linear(3, 4, 5) == Work(120, 40)
-    assert floor.linear(3, 4, 5, width=4) == Work(120, 80)
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        # 3 tokens, 4 in, 5 out: 60 multiplications and 60 additions; 20 weights
+        (floor.linear(3, 4, 5), Work(120, 2 * 20)),
+        (floor.linear(3, 4, 5, width=4), Work(120, 4 * 20)),
+        # 2 tokens, hidden size 2, MLP 3, and 3 query-key pairs; or 13 of them after 5 cached tokens
+        (floor.decoder_layer(SMALL, 2), Work(4 * 16 + 3 * 24 + 4 * 3 * 2, 2 * (4 * 4 + 3 * 6))),
+        (floor.decoder_layer(SMALL, 2, before=5), Work(4 * 16 + 3 * 24 + 4 * 13 * 2, 2 * 34)),
+        # keys of 2 tokens, one query, its scores with 2 keys; two matrices of 4 weights
+        (floor.last_row(SMALL, 2), Work(16 + 8 + 8, 2 * 8)),
+        # 4 patches of 12 numbers; one of the two vision layers, over 5 tokens; the projector's two matrices
+        (
+            floor.vision(SMALL),
+            Work(2 * 4 * 12 * 2, 2 * 24)
+            + Work(4 * 2 * 5 * 2 * 2 + 2 * 2 * 5 * 2 * 5 + 4 * 25 * 2, 2 * (4 * 4 + 2 * 10))
+            + 2 * Work(2 * 4 * 2 * 2, 2 * 4),
+        ),
+    ],
+)
+def test_work_by_hand(work: Work, expected: Work) -> None:
+    assert work == expected
 
 
 def test_causal_pairs_by_hand() -> None:
-    """Three tokens look at 1 + 2 + 3; after ten others, at 11 + 12 + 13."""
+    """1 + 2 + 3 for three tokens; 11 + 12 + 13 after ten cached ones."""
     assert [floor.causal_pairs(3), floor.causal_pairs(3, 10), floor.causal_pairs(0, 9)] == [6, 36, 0]
 
 
-def test_a_decoder_layer_by_hand() -> None:
-    """Two tokens, width 2, MLP 3: 4 x 16 + 3 x 24 + 4 x 3 pairs x 2 = 160; 4 x 4 + 3 x 6 weights of 2 bytes."""
-    assert floor.decoder_layer(SMALL, 2) == Work(64 + 72 + 24, 2 * 34)
-    assert floor.decoder_layer(SMALL, 2, before=5) == Work(64 + 72 + 4 * 13 * 2, 2 * 34)
-
-
-def test_the_deepest_layer_by_hand() -> None:
-    """Keys of 2 tokens 16, a query 8, scores with 2 keys 8; two matrices of 4 weights."""
-    assert floor.last_row(SMALL, 2) == Work(16 + 8 + 8, 16)
-
-
-def test_the_vision_tower_by_hand() -> None:
-    """Four patches of 12 numbers; one layer of the two, over five tokens; two matrices of the projector."""
-    patches = Work(2 * 4 * 12 * 2, 2 * 24)
-    layer = Work(4 * 2 * 5 * 2 * 2 + 2 * 2 * 5 * 2 * 5 + 4 * 25 * 2, 2 * (4 * 4 + 2 * 10))
-    projector = 2 * Work(2 * 4 * 2 * 2, 2 * 4)
-    assert floor.vision(SMALL) == patches + layer + projector
-
-
 def test_capture_stops_at_the_deepest_layer() -> None:
-    """Two whole layers and the row of the third; or none and the row of the first."""
+    """Two whole layers and the row of the third; with `last_layer=0`, only the row of the first."""
     below, row = floor.decoder_layer(SMALL, 7), floor.last_row(SMALL, 7)
-    assert floor.capture(SMALL, 7) == floor.vision(SMALL) + 2 * below + row
-    assert floor.capture(SMALL, 7, last_layer=0) == floor.vision(SMALL) + row
+    assert floor.capture_work(SMALL, 7) == floor.vision(SMALL) + 2 * below + row
+    assert floor.capture_work(SMALL, 7, last_layer=0) == floor.vision(SMALL) + row
 
 
-def test_sharing_pays_the_ends_only() -> None:
-    """One expression costs what it costs alone but the last row; seven cost little more."""
+def test_shared_capture_adds_only_the_suffixes() -> None:
     shape = Shape()
-    alone = floor.capture(shape, 610)
-    one, seven = (floor.shared_capture(shape, 600, [10] * n) for n in (1, 7))
+    alone = floor.capture_work(shape, 610)
+    one, seven = (floor.shared_capture_work(shape, 600, [10] * n) for n in (1, 7))
     assert one.flops == pytest.approx(alone.flops, rel=1e-3)
     assert seven.bytes == one.bytes
     assert alone.flops < seven.flops < 1.2 * alone.flops
 
 
-def test_llava_7b_is_as_large_as_it_is() -> None:
-    """6.48e9 weights in its decoder layers (Vicuna-7B has 6.74e9 with its embeddings), 0.3e9 in its tower."""
+def test_default_shape_has_llava_7bs_number_of_weights() -> None:
+    """6.48e9 in the decoder layers (Vicuna-7B has 6.74e9 with its embeddings), 0.3e9 in the vision tower."""
     layers = 32 * floor.decoder_layer(Shape(), 1)
     assert layers.bytes / 2 == pytest.approx(6.48e9, rel=0.001)
     assert floor.vision(Shape()).bytes / 2 == pytest.approx(0.303e9 * 23 / 24 + 0.021e9, rel=0.02)
 
 
-def test_the_formulas_agree_with_torchs_counter(small: Any) -> None:
-    """Eager attention in one real forward pass: whole maps, every layer of the tower, every layer of the LM."""
+def test_formulas_agree_with_torchs_flop_counter(small: Any) -> None:
+    """An eager forward pass computes whole attention matrices, and every layer of the vision tower."""
     inputs = small.model_inputs([sample_image()], [small.prompt("the red car")])
     tokens = inputs["input_ids"].shape[1]
     small.model.set_attn_implementation("eager")
@@ -109,7 +107,7 @@ def test_the_formulas_agree_with_torchs_counter(small: Any) -> None:
     assert counter.get_total_flops() == tower + QUICK.layers * layer
 
 
-def test_the_longer_of_arithmetic_and_traffic_counts() -> None:
+def test_seconds_are_the_longer_of_arithmetic_and_traffic() -> None:
     assert Work(100, 10).seconds(10, 10) == 10
     assert Work(100, 1000).seconds(10, 10) == 100
     assert str(Work(1.5e12, 2.4e9)) == "1.5 TFLOP, 2.4 GB"
@@ -118,13 +116,16 @@ def test_the_longer_of_arithmetic_and_traffic_counts() -> None:
 # ------------------------------------------------------------------------------------------------ time and memory
 
 
-def test_ways_take_turns() -> None:
-    """A round not counted, then each way once a round; the ratio is of the two of a round."""
+def test_variants_take_turns() -> None:
+    """A warm-up round, then each variant once per round."""
     calls: list[str] = []
-    timings = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4)
+    timings = time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4)
     assert [sorted(calls[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
     assert {name: len(times) for name, times in timings.seconds.items()} == {"a": 4, "b": 4}
-    assert interleaved({"a": lambda: None}, 9, at_most=0).rounds == FEWEST
+    assert time_interleaved({"a": lambda: None}, 9, max_seconds=0).rounds == MIN_ROUNDS
+
+
+def test_timings_by_hand() -> None:
     by_hand = Timings({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0]})
     assert (by_hand.median("a"), by_hand.ratios("a", "b")) == (3.0, [2.0, 1.5, 4.0])
     assert by_hand.fastest("a", "b") == 2.0
@@ -135,20 +136,20 @@ def test_ways_take_turns() -> None:
 def test_rounds_that_scatter_are_repeated(
     seconds: list[float], rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once, with no second warm-up; the first of the seconds is the warm-up's."""
+    """Once, without a second warm-up; the first value is the warm-up's."""
     clock, waits = [0.0], iter(seconds)
     monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
 
-    def way() -> None:
+    def variant() -> None:
         clock[0] += next(waits)
 
-    found = timing.settled({"a": way}, 3)
+    found = timing.time_settled({"a": variant}, 3)
     assert found.seconds["a"] == pytest.approx(seconds[1 : rounds + 1])
     assert found.repeated == (rounds == 6)
 
 
-def test_a_row_by_hand() -> None:
-    """The probe does 10 operations; a machine as fast as in the round does the work's 30 in three times its time."""
+def test_row_by_hand() -> None:
+    """The probe is 10 operations, so the work's 30 take at least three times as long as the probe in each round."""
     timings = Timings({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0], "machine": [0.5, 0.5, 2.0]})
     quiet = machine.Machine(CPU, torch.float32, 20.0, 1000.0, lambda: None, 10.0)
     row = timed_row("x", "this", timings, "a", "b", goal=2, work=Work(30, 1), machine=quiet)
@@ -161,8 +162,7 @@ def test_a_row_by_hand() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_is_that_of_the_height() -> None:
-    """200 MB that are given back before the end still count; work without any does not."""
+def test_peak_memory_counts_what_is_freed_before_the_end() -> None:
     peak = peak_bytes(lambda: np.ones(200_000_000, np.uint8).sum())
     assert peak is not None
     assert 195e6 <= peak < 230e6
@@ -173,22 +173,21 @@ def test_peak_memory_is_that_of_the_height() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_process_is_watched(tmp_path: Path) -> None:
-    """It prints, shows a bar, and takes 64 MB of memory; another one fails."""
+def test_command_is_profiled(tmp_path: Path) -> None:
+    """A script that prints, shows a bar and allocates 64 MB; then one that fails."""
     script = (
         "import time; print(1, flush=True); time.sleep(.3); print('BAR', flush=True); x = b'1' * 64000000"
     )
     script += "; time.sleep(.3)"
-    seen = loading.watched([sys.executable, "-S", "-c", script], tmp_path, bar="BAR")
+    seen = loading.profile_command([sys.executable, "-S", "-c", script], tmp_path, bar="BAR")
     assert seen.first_line and seen.bar
     assert seen.first_line[0] + 0.15 < seen.bar[0]
-    assert 64e6 < seen.own < 90e6 and seen.own < seen.resident
+    assert 64e6 < seen.anonymous < 90e6 and seen.anonymous < seen.resident
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        loading.watched([sys.executable, "-S", "-c", "1 / 0"], tmp_path)
+        loading.profile_command([sys.executable, "-S", "-c", "1 / 0"], tmp_path)
 
 
-def test_repeated_layers_cost_time_and_no_memory(small: Any) -> None:
-    """Six layers of two layers' weights: as many parameters as two, six different rows, cache places of their own."""
+def test_repeated_layers_share_weights_but_not_cache_slots(small: Any) -> None:
     deep = random_llava(replace(QUICK, layers=6), CPU, torch.float32, distinct=2)
     assert deep.num_parameters == small.num_parameters
     assert (deep.num_layers, len(deep.attention_modules)) == (6, 6)
@@ -198,15 +197,15 @@ def test_repeated_layers_cost_time_and_no_memory(small: Any) -> None:
     assert np.abs(found[2] - found[0]).max() > 1e-9
 
 
-def test_both_ways_of_each_comparison_agree(small: Any) -> None:
-    """Eager hands out the rows that the capture finds; the published way holds them too; sharing changes nothing."""
+def test_both_variants_of_each_comparison_agree(small: Any) -> None:
+    """Captured rows equal those of eager attention and of the published procedure; sharing changes nothing."""
     from benchmarks import capture, published
 
     inputs = small.model_inputs([sample_image()], [small.prompt(EXPRESSIONS[0])])
-    (rows,) = capture.ours(small, inputs)
+    (rows,) = capture.capture_rows(small, inputs)
     np.testing.assert_allclose(published.output_attentions(small, inputs)[:, 0], rows, atol=1e-6)
-    steps = published.published(small, inputs)
-    assert len(steps) == published.ANSWER
+    steps = published.published_method(small, inputs)
+    assert len(steps) == published.ANSWER_TOKENS
     np.testing.assert_allclose(torch.stack([layer[0, :, -1] for layer in steps[0]]), rows, atol=1e-6)
     with eager(small):
         pass
@@ -217,16 +216,16 @@ def test_both_ways_of_each_comparison_agree(small: Any) -> None:
     assert min(ends) >= 3
     shared = small.encode_image(sample_image()).attend(EXPRESSIONS)
     apart = [small.attend(sample_image(), expression) for expression in EXPRESSIONS]
-    check(shared, apart, tolerance=1e-5)
+    assert_maps_agree(shared, apart, tolerance=1e-5)
     with pytest.raises(AssertionError):
-        check(shared, apart[::-1], tolerance=1e-5)
+        assert_maps_agree(shared, apart[::-1], tolerance=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- the command
 
 
 def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At toy size; the table, the JSON and the Markdown say the same."""
+    """At toy size, with consistent table, JSON and Markdown."""
     files = ["--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "rows.md")]
     assert command.main(["--quick", "--rounds", "1", *files]) == 0
     written = json.loads((tmp_path / "rows.json").read_text())
@@ -250,7 +249,7 @@ def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(markdown.splitlines()) == len(rows) + 4
 
 
-def test_some_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_selects_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--quick", "--rounds", "1", "--only", "e"]) == 0
     out = capsys.readouterr().out
     assert "spatial entropy" in out and "sdpa prefill" not in out
@@ -260,10 +259,10 @@ def test_some_of_them(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--rounds", "0"])
 
 
-def test_one_that_fails_costs_no_other(
+def test_failed_benchmark_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its row says why, the status is 1, and the page gets the table between its marks and nowhere else."""
+    """Its row gives the error, the status is 1, and the page's table is replaced."""
 
     def fail(_: Any) -> Any:
         raise subprocess.CalledProcessError(1, ["finder"], stderr=b"Traceback\nerror: no a | b\n")
@@ -279,16 +278,16 @@ def test_one_that_fails_costs_no_other(
     page.write_text("no marks")
     capsys.readouterr()
     assert command.main(["--only", "e", "--page", str(page)]) == 2
-    assert "there is no place" in capsys.readouterr().err
+    assert "the page needs the lines" in capsys.readouterr().err
     assert page.read_text() == "no marks"
 
 
-def test_the_page_of_the_results_has_a_place_for_them() -> None:
-    put_into(Path(__file__).parents[1] / "docs" / "performance.md", None)
+def test_performance_page_has_the_tables_marks() -> None:
+    replace_table(Path(__file__).parents[1] / "docs" / "performance.md", None)
 
 
-def test_narrower_where_the_memory_is_small() -> None:
-    """Four layers of LLaVA-1.5-7B's with weights of their own are 2.8 GB in 2 bytes each; a row says its width."""
+def test_shape_is_narrowed_to_fit_memory() -> None:
+    """LLaVA-1.5-7B with four distinct layers has 2.8 GB of weights of 2 bytes each."""
     full = Shape()
     assert full.weights(4) == pytest.approx(2 * (4 * 202.4e6 + 2 * 131.3e6 + 311e6), rel=0.01)
     assert full.fitting(5e9, 4) == full
@@ -296,12 +295,12 @@ def test_narrower_where_the_memory_is_small() -> None:
     assert (half.hidden, half.mlp, half.heads, half.layers) == (2048, 5504, 16, 32)
     assert 1.5 * half.weights(4) <= 4e9
     assert (str(full), str(half)) == ("32 layers", "32 layers of 2,048, LLaVA-1.5-7B's have 4,096")
-    poor = machine.Machine(CPU, torch.float32, 1.0, 1.0, lambda: None, 1.0, memory=6 * 10**9)
-    assert Setting(poor, 1).shape(32).hidden == 2048
-    assert Setting(replace(poor, memory=None), 1).shape(32) == full
+    low_memory = machine.Machine(CPU, torch.float32, 1.0, 1.0, lambda: None, 1.0, memory=6 * 10**9)
+    assert Setting(low_memory, 1).shape(32).hidden == 2048
+    assert Setting(replace(low_memory, memory=None), 1).shape(32) == full
 
 
-def test_the_machine_is_measured() -> None:
+def test_machine_is_measured() -> None:
     found = machine.measure(quick=True)
     if sys.platform.startswith("linux"):
         assert 1e8 < (found.memory or 0) < 1e14
@@ -315,8 +314,8 @@ def test_the_machine_is_measured() -> None:
 # ------------------------------------------------------------------------------------------------------- on a GPU
 
 
-def test_the_gpu_script_runs_at_toy_size_with_little(tmp_path: Path) -> None:
-    """Without Hydra, OmegaConf, rich and tqdm, which the machine may lack; and each part leaves its facts."""
+def test_gpu_script_runs_at_toy_size_without_optional_packages(tmp_path: Path) -> None:
+    """Without Hydra, rich and others that a GPU machine may lack; every part yields facts."""
     code = (
         "import sys\n"
         "for name in ('hydra', 'omegaconf', 'rich', 'pycocotools', 'sklearn', 'jinja2'): sys.modules[name] = None\n"
@@ -337,20 +336,20 @@ def test_the_gpu_script_runs_at_toy_size_with_little(tmp_path: Path) -> None:
     assert "toy" in written["sizes"]
 
 
-def test_a_goal_is_an_upper_or_a_lower_limit() -> None:
+def test_goal_is_an_upper_or_a_lower_limit() -> None:
     assert Fact("a", "b", 1.02, goal=1.02).met and not Fact("a", "b", 1.03, goal=1.02).met
     assert (
         Fact("a", "b", 20.0, goal=20, at_least=True).met
         and not Fact("a", "b", 19, goal=20, at_least=True).met
     )
     assert Fact("a", "b", 1.0).met is None and Fact("a", "b", None, goal=1).met is None
-    assert "| a | b | 19 1/s | >= 20 MISSED |" in markdown_of(
+    assert "| a | b | 19 1/s | >= 20 MISSED |" in markdown_table(
         [Fact("a", "b", 19, "1/s", 20, at_least=True)], {"device": "none"}
     )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_true_sizes_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_sizes_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "--toy" in capsys.readouterr().err
 
@@ -367,31 +366,33 @@ def test_few_labels_prints_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
-def table_of(printed: str) -> dict[str, list[str]]:
+def rows_by_name(printed: str) -> dict[str, list[str]]:
     """The cells of each row of a Markdown table, by the row's name."""
     lines = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
-    return {name: found for name, *found in lines[2:]}
+    return {name: cells for name, *cells in lines[2:]}
 
 
-def test_the_tables_of_the_docs_agree_with_one_another(
+def test_tables_of_read_outs_agree_where_they_overlap(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Read-outs, ways of asking, second looks of the same scenes: where two tables show one thing, it is the same."""
-    more = (Head(5, 7), Head(5, 0), Head(5, 1), Head(2, 6))
-    monkeypatch.setattr(aggregation, "rank", lambda lvlm: (*lvlm.known_heads, *more))
+    """The same read-out on the same scenes has the same mean IoU in every table."""
+    more_heads = (Head(5, 7), Head(5, 0), Head(5, 1), Head(2, 6))
+    monkeypatch.setattr(
+        aggregation, "rank_heads_without_labels", lambda lvlm: (*lvlm.known_heads, *more_heads)
+    )
     for module in (boxes, aggregation, second_look):
         monkeypatch.setattr(module, "SETS", dict(list(module.SETS.items())[:1]))
     tables = []
     for module in (boxes, aggregation, second_look):
         module.main(3)
-        tables.append(table_of(capsys.readouterr().out))
-    read_outs, ways, looks = tables
-    assert (list(read_outs), list(ways), list(looks)) == (
+        tables.append(rows_by_name(capsys.readouterr().out))
+    read_outs, promptings, looks = tables
+    assert (list(read_outs), list(promptings), list(looks)) == (
         list(boxes.ROWS), list(aggregation.ROWS), list(second_look.ROWS),
     )  # fmt: skip
     for name in second_look.ROWS:
         one_look = looks[name][0].split(",")[0]
         assert read_outs[name][0].split()[2] == one_look
-    first, *others = ways.values()
+    first, *others = promptings.values()
     assert first[0].split()[1] == looks["`grounding=sharp box_from=map`"][0].split(",")[0]
     assert all(len(row) == 1 and "[" in row[0] for row in others)
