@@ -1,1 +1,1 @@
-"""How the embedded model was made: sprites, recipe, trainer, evaluation. Not installed with the package."""
+"""The training of the embedded model: sprites, recipe, trainer, evaluation. Not installed with the package."""

@@ -1,6 +1,6 @@
 """Train the embedded model: python -m training [--folder runs/main] [--workers 3] [--steps 6000] ...
 
-Killed at any time, the same command goes on from the last checkpoint.
+After an interruption, the same command resumes from the last checkpoint.
 """
 
 import argparse
@@ -18,15 +18,21 @@ from training.workers import run
 def main() -> None:
     """Parse the options and train."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/main"), help="checkpoint and log")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/main"), help="folder of the checkpoint and the log"
+    )
     for name in ("steps", "workers", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Recipe(), name))
-    parser.add_argument("--device", default="cpu", help="a GPU trains all the workers' parts in one process")
-    parser.add_argument("--loaders", type=int, default=8, help="processes that draw the scenes for a GPU (8)")
-    parser.add_argument("--answer-places", action="store_true", help="ablation: places in the answers")
-    parser.add_argument("--weights", type=Path, help="start from those of another run or of a model's folder")
     parser.add_argument(
-        "--start", type=int, default=0, help="the recipe's step that these weights have reached"
+        "--device", default="cpu", help="on a GPU, one process trains the batches of all workers"
+    )
+    parser.add_argument("--loaders", type=int, default=8, help="data-loading processes for a GPU (8)")
+    parser.add_argument(
+        "--answer-places", action="store_true", help="ablation: location words in the answers"
+    )
+    parser.add_argument("--weights", type=Path, help="start from the weights of this run or exported model")
+    parser.add_argument(
+        "--start", type=int, default=0, help="the step of the recipe at which to start, with --weights"
     )
     options = vars(parser.parse_args())
     if options["device"] != "cpu" and not torch.cuda.is_available():

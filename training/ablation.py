@@ -1,10 +1,9 @@
-"""What location words in the answers do: two short runs from one checkpoint, without and with them.
+"""Ablation of location words in the answers: two short runs from one checkpoint, without and with them.
 
 Usage: python -m training.ablation CHECKPOINT_FOLDER TARGET_FOLDER [--steps N] [--only with|without]
 
-The checkpoint is one from before looking costs anything.
-Both arms see the same images, mostly full scenes in 16 x 16 cells, and differ in nothing but the answers. What
-comes out is measured on scenes of 16 x 16 cells.
+The checkpoint must precede the penalty on attention to the image (`look_from`). Both arms see the same images, mostly
+full scenes of 16 x 16 cells, and differ only in the answers. Both are evaluated on scenes of 16 x 16 cells.
 """
 
 import argparse
@@ -32,13 +31,13 @@ from training.recipe import Recipe, Stage
 from training.trainer import Trainer, start_from
 from training.workers import run
 
-CELLS = 16  # a side
-RANKING_SET = 2**18  # number of the scene set, in the training range, that heads are ranked on
-ARMS = {"without": False, "with": True}  # location words?
+CELLS = 16  # per side
+RANKING_SET = 2**18  # index of the scene set for ranking heads, among the training seeds
+ARMS = {"without": False, "with": True}  # arm -> whether answers name the place
 
 
 def arm_recipe(steps: int, answer_places: bool) -> Recipe:
-    """The main recipe's conversations in scenes of 16 cells a side, nothing else."""
+    """The main recipe, restricted to its conversations about scenes of 16 x 16 cells."""
     base = Recipe()
     mix = [0.06, *(_share(canvas) for canvas in base.canvases)]
     return replace(
@@ -61,13 +60,13 @@ def _share(canvas) -> float:
 
 
 def spread_cells(grid: int, side: int) -> torch.Tensor:
-    """Indices in a grid of `grid` x `grid` of `side` x `side` cells spread over it, row by row: (side**2,)."""
+    """Indices of `side` x `side` cells spread evenly over a `grid` x `grid` grid, row by row: (side**2,)."""
     line = ((torch.arange(side) + 0.5) * grid / side).long()
     return (line[:, None] * grid + line).flatten()
 
 
 def shrink(model: LlavaForConditionalGeneration, side: int) -> LlavaForConditionalGeneration:
-    """The model for images of `side` x `side` cells, spread over its grid; `measure` takes their `places`."""
+    """A copy of the model for images of `side` x `side` cells, which keep position embeddings of the full grid."""
     model = copy.deepcopy(model)
     config = model.config.vision_config
     cells = spread_cells(config.image_size // config.patch_size, side)
@@ -85,19 +84,19 @@ def shrink(model: LlavaForConditionalGeneration, side: int) -> LlavaForCondition
 
 
 def evaluate_arm(folder: Path, num_samples: int) -> dict:
-    """Top 3 of the label-free ranking on test scenes, drawn in 16 x 16 cells."""
+    """Scores of an arm's top 3 heads, ranked without labels, on test scenes of 16 x 16 cells."""
     recipe = arm_recipe(**json.loads((folder / "arm.json").read_text()))
-    whole = Trainer(recipe, folder).model.eval()
-    model, places = shrink(whole, CELLS), spread_cells(recipe.model.grid, CELLS)
+    full_model = Trainer(recipe, folder).model.eval()
+    model, cells = shrink(full_model, CELLS), spread_cells(recipe.model.grid, CELLS)
     size = model.config.vision_config.image_size
-    ranked_on = measure(
+    ranking_results = measure(
         model,
         scene_samples(num_samples, RANKING_SET, size=size, seeds=TRAIN_SEEDS),
-        (recipe.model.grid, places),
+        (recipe.model.grid, cells),
     )
-    ranking = rank(ranked_on, top_n=PAPER_N)
+    ranking = rank(ranking_results, top_n=PAPER_N)
     top = [head.address for head in ranking.heads[:3]]
-    results = measure(model, scene_samples(num_samples, size=size), (recipe.model.grid, places))
+    results = measure(model, scene_samples(num_samples, size=size), (recipe.model.grid, cells))
     return {
         "top 3": intervals(ground_all(results, top).table()),
         "heads": describe_ranking(ranking),
@@ -106,13 +105,17 @@ def evaluate_arm(folder: Path, num_samples: int) -> dict:
 
 
 def main() -> None:
-    """Train what is not trained yet, then measure both arms."""
+    """Train each arm, resuming or skipping what is done, then evaluate both."""
     parser = argparse.ArgumentParser(prog="python -m training.ablation", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="folder of a run, before looking costs anything")
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, at a step before `look_from`")
     parser.add_argument("target", type=Path, help="folder for both arms and their report.json")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--num-samples", type=int, default=500)
-    parser.add_argument("--only", choices=[*ARMS], help="one arm, not measured: to train both side by side")
+    parser.add_argument(
+        "--only",
+        choices=[*ARMS],
+        help="train this arm only, without evaluating",
+    )
     options = parser.parse_args()
     for name in [options.only] if options.only else ARMS:
         folder, settings = options.target / name, {"steps": options.steps, "answer_places": ARMS[name]}

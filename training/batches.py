@@ -1,4 +1,4 @@
-"""Batches: images, and conversations about each packed into one row of tokens."""
+"""Training batches: images, each with its conversations packed into one row of tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +18,16 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Batch:
-    """`pixels` uint8 (B, h, w, 3), `cells` (B, N), `words` (B, vocabulary) are None for text alone; the rest is (B, T).
+    """B images with packed conversations of T tokens; without images, the first three fields are None.
 
-    `words` marks the names and colours of the image's caption.
-    `weights` is 1 on answers, less on prompts, 0 on padding; `firsts` marks each answer's first token.
+    Args:
+        pixels: uint8 (B, h, w, 3).
+        cells: (B, N), the index in the model's full grid of each image token.
+        words: (B, vocabulary), 1 at the names and colours in the image's caption.
+        ids, targets: (B, T), each token and the one that follows it.
+        offsets, groups: (B, T), each token's position in its conversation, and the conversation's number (-1: padding).
+        weights: (B, T), weights of the loss: 1 on answers, less on prompts, 0 on padding.
+        firsts: (B, T), whether the target is the first token of an answer.
     """
 
     pixels: Tensor | None
@@ -35,18 +41,18 @@ class Batch:
     firsts: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """The batch moved to a device."""
         return Batch(**{name: part if part is None else part.to(device) for name, part in vars(self).items()})
 
 
-def joined(parts: list[Batch]) -> Batch:
-    """Batches of one canvas as one batch."""
+def concatenate_batches(parts: list[Batch]) -> Batch:
+    """Several batches of the same canvas as one."""
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def pack(turns: Iterator[tuple[str, str]], length: int, expression_weight: float) -> np.ndarray:
-    """Fill one row with (prompt, answer) turns: (6, T) of ids, targets, offsets, groups, weights, firsts."""
+    """Pack (prompt, answer) turns into a row of `length` tokens: (6, T), in the order of `Batch`'s last six fields."""
     row = np.zeros((6, length))
     row[3] = -1
     start = group = 0
@@ -56,17 +62,17 @@ def pack(turns: Iterator[tuple[str, str]], length: int, expression_weight: float
         stop = start + len(tokens) - 1
         if stop > length:
             return row
-        place = np.arange(len(tokens) - 1)
+        offsets = np.arange(len(tokens) - 1)
         row[0, start:stop], row[1, start:stop] = tokens[:-1], tokens[1:]
-        row[2, start:stop], row[3, start:stop] = place, group
-        row[4, start:stop] = np.where(place < len(question) - 1, expression_weight, 1.0)
+        row[2, start:stop], row[3, start:stop] = offsets, group
+        row[4, start:stop] = np.where(offsets < len(question) - 1, expression_weight, 1.0)
         row[5, start + len(question) - 1] = 1
         start, group = stop, group + 1
     return row
 
 
 def caption_words(scene: Scene) -> np.ndarray:
-    """Which words a caption of the scene holds, names and colours: float32 (vocabulary,)."""
+    """1 at the names and colours of the scene's objects, else 0: float32 (vocabulary,)."""
     marks = np.zeros(len(IDS), np.float32)
     for o in scene.objects:
         marks[[IDS[o.name], IDS[o.colour]]] = 1
@@ -74,36 +80,36 @@ def caption_words(scene: Scene) -> np.ndarray:
 
 
 def encode_unknown(prompt: str) -> list[int]:
-    """Token ids of a prompt that may start with the unknown word."""
+    """Token ids of a prompt that may start with `<unk>`."""
     unknown = prompt.startswith("<unk>")
     return [IDS["<unk>"]] * unknown + encode(prompt.removeprefix("<unk>"))
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (B, h, w, 3) -> float (B, 3, h, w) as the image processor gives it."""
+    """uint8 (B, h, w, 3) -> float (B, 3, h, w), normalised as by the image processor."""
     mean, std = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def _bars(rng: Random) -> tuple[float, float]:
-    """Bars left and right, or top and bottom, each up to a fifth of the side."""
+    """Shares of the side that padding bars take, left and right or top and bottom, as if the image were not square."""
     share = rng.uniform(0.02, 0.2)
     return rng.choice(((share, 0.0), (0.0, share)))
 
 
 class BatchMaker:
-    """Endless training batches; all randomness comes from the step's own generator."""
+    """Makes a worker's batch of any step; it depends on (seed, step, worker) alone."""
 
     def __init__(self, recipe: Recipe, worker: int = 0):
         self.recipe, self.model, self.worker = recipe, recipe.model, worker
 
     def make(self, step: int) -> Batch:
-        """The batch of a step: the same at every run of the same recipe."""
+        """The worker's batch of a step."""
         stage = [s for s in self.recipe.stages if step >= s.start][-1]
-        key = f"{self.recipe.seed} {step}"  # all workers draw the same kind of batch
-        choice = Random(key).choices((None, *self.recipe.canvases), stage.mix)[0]
+        key = f"{self.recipe.seed} {step}"  # without the worker: all workers draw the same canvas
+        canvas = Random(key).choices((None, *self.recipe.canvases), stage.mix)[0]
         rng = Random(f"{key} {self.worker}")
-        return self._text_batch(rng) if choice is None else self._image_batch(choice, stage, rng)
+        return self._text_batch(rng) if canvas is None else self._image_batch(canvas, stage, rng)
 
     def _text_batch(self, rng: Random) -> Batch:
         rows = [pack(text_turns(rng), self.recipe.text_tokens, 0.5) for _ in range(self.recipe.text_rows)]
@@ -136,7 +142,7 @@ class BatchMaker:
         return pack(turns, length, self.recipe.expression_weight)
 
     def _cells(self, canvas: Canvas, rng: Random) -> np.ndarray:
-        """Where the canvas lies in the full grid: one index a cell, row by row."""
+        """The canvas at a random place in the full grid: the index of each of its cells, row by row."""
         stride = self.model.grid / (canvas.scene_cells or self.model.grid)
         room = self.model.grid - (canvas.cells - 1) * stride
         starts = (rng.uniform(0, room) for _ in range(2))
@@ -148,6 +154,6 @@ class BatchMaker:
 
     @staticmethod
     def _tensors(rows: list[np.ndarray]) -> list[Tensor]:
-        kinds = (torch.int64, torch.int64, torch.int64, torch.int64, torch.float32, torch.bool)
+        dtypes = (torch.int64, torch.int64, torch.int64, torch.int64, torch.float32, torch.bool)
         stacked = torch.from_numpy(np.stack(rows, 1))
-        return [part.to(kind) for part, kind in zip(stacked, kinds, strict=True)]
+        return [field.to(dtype) for field, dtype in zip(stacked, dtypes, strict=True)]

@@ -2,10 +2,9 @@
 
 Usage: python -m training.build_sprites FOLDER
 
-FOLDER holds the unpacked npm packages `@iconify-json/<set>`, each at `FOLDER/<set>/icons.json`; styles whose
-package is not there are left as they are. Needs `resvg_py` (SVG to pixels), SciPy (line art) and
-scikit-image (the CC0 photos).
-Writes one WebP atlas a style (lossless for the benchmark), in the order of vocabulary.txt, and one JPEG a background.
+FOLDER holds the unpacked npm packages `@iconify-json/<set>`, each at `FOLDER/<set>/icons.json`; styles whose package is
+missing keep their present atlas. Needs `resvg_py` (rasterises SVG), SciPy (line art) and scikit-image (CC0 photos).
+Writes a WebP atlas per style (lossless for the benchmark), in the order of vocabulary.txt, and a JPEG per background.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from localization_heads.scenes.artwork import SPRITES  # the benchmark's
+from localization_heads.scenes.artwork import SPRITES
 from training.line_art import CELL, COLUMNS, build_line_art, draw_icon, fit_cell
 from training.recipe import SPRITES as TRAINING_SPRITES
 
@@ -27,7 +26,7 @@ TRAINING_SETS = {
     "fluent_3d": "fluent-emoji", "streamline": "streamline-emojis",
 }  # fmt: skip
 PHOTOS = ("brick.png", "grass.png", "gravel.png", "coffee.png", "hubble_deep_field.jpg")
-# Where the emoji's name is not the plain one.
+# Names of emojis that differ from the vocabulary's.
 ICONS = {
     "dog": "dog-face", "cat": "cat-face", "pig": "pig-face", "rabbit": "rabbit-face", "fish": "tropical-fish",
     "whale": "spouting-whale", "bee": "honeybee", "ladybug": "lady-beetle", "car": "automobile",
@@ -44,9 +43,9 @@ FX_ICONS = {
 
 
 def find_icon(icons: dict, name: str) -> dict | None:
-    """The record (SVG body, frame) of the emoji that draws `name`, aliases followed; None where there is none."""
+    """The record (SVG body, frame) of the emoji that shows `name`, resolving aliases; None if the set has none."""
     plain = ICONS.get(name, name)
-    variants = (f"{plain}-1", f"{plain}-face")  # Streamline draws some things more than once
+    variants = (f"{plain}-1", f"{plain}-face")  # Streamline has several drawings of some things
     for candidate in (plain, name, plain.replace("-", ""), FX_ICONS.get(name), *variants):
         alias = icons.get("aliases", {}).get(candidate, {}).get("parent")
         record = icons["icons"].get(candidate) or icons["icons"].get(alias)
@@ -56,13 +55,13 @@ def find_icon(icons: dict, name: str) -> dict | None:
 
 
 def rasterise(icon: dict, icon_set: dict) -> Image.Image:
-    """RGBA image of one icon, cropped to what it draws and scaled so that its longer side is CELL."""
+    """RGBA image of an icon, cropped to its opaque pixels and scaled to a longer side of CELL pixels."""
     image = draw_icon(icon, icon_set)
     return fit_cell(image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()))
 
 
 def build_atlas(icon_set: dict, names: list[str]) -> Image.Image:
-    """One image with every name's sprite at the top left of its cell, row by row."""
+    """An atlas with the sprite of each name at the top left of its cell, row by row."""
     rows = -(-len(names) // COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     for index, name in enumerate(names):
@@ -70,13 +69,13 @@ def build_atlas(icon_set: dict, names: list[str]) -> Image.Image:
         if icon is None and icon_set["prefix"] in BENCHMARK_SETS.values():
             raise KeyError(f"no icon for {name!r}")
         if icon is None:
-            continue  # borrowed from another style
+            continue  # the cell stays empty: the scenes borrow another style's sprite
         atlas.paste(rasterise(icon, icon_set), (index % COLUMNS * CELL, index // COLUMNS * CELL))
     return atlas
 
 
 def build_photos(folder: Path) -> None:
-    """Copy the CC0 and public-domain photos of scikit-image at 384 pixels a side."""
+    """Write scikit-image's CC0 and public-domain photos, cropped to squares of 384 pixels."""
     from skimage import data
 
     for name in PHOTOS:
@@ -94,12 +93,12 @@ def build_style(package: Path, names: list[str], target: Path, lossless: bool) -
 def save_atlas(atlas: Image.Image, target: Path, lossless: bool) -> None:
     """Write an atlas as WebP."""
     pixels = np.array(atlas)
-    pixels[pixels[..., 3] == 0] = 0  # colour under full transparency only costs bytes
+    pixels[pixels[..., 3] == 0] = 0  # colours of fully transparent pixels only cost bytes
     Image.fromarray(pixels).save(target, lossless=lossless, quality=100 if lossless else 90, method=6)
 
 
 def main(packages: Path) -> None:
-    """Write everything into the package's sprites folder, and into the training's."""
+    """Write the atlases and photos into the package's sprites folder and that of the training."""
     lines = (SPRITES / "vocabulary.txt").read_text().splitlines()
     names = [line.split()[0] for line in lines if line and not line.startswith("#")]
     for folder, sets in ((SPRITES, BENCHMARK_SETS), (TRAINING_SPRITES, TRAINING_SETS)):

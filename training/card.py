@@ -1,7 +1,7 @@
-"""The tables of the model card: python -m training.card [--now REPORT] [--before REPORT]
+"""Fill the tables of the model card: python -m training.card [--now REPORT] [--before REPORT]
 
-REPORT is what `python -m training.evaluate MODEL --json REPORT` wrote; those of the last releases are in
-training/reports. Replaces what stands in docs/embedded-model.md between `<!-- table: NAME -->` and `<!-- end -->`.
+A REPORT is written by `python -m training.evaluate MODEL --json REPORT`; those of the last two releases are in
+training/reports. Replaces the text of docs/embedded-model.md between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROWS = {
     "layer-matched random 3": "layer-matched random 3",
 }
 PERFECT = "a perfect map (the target's mask)"
-# Releases and trials that cannot be measured anew: from their own reports.
+# Earlier releases and trials, which cannot be evaluated again: from their own reports.
 OLD_ROWS = """\
 | the third release (step 21,700): top 3 | 0.90 [0.88, 0.93] | 0.59 [0.55, 0.63] | 0.51 [0.49, 0.52] | 0.76 [0.72, 0.79] | 0.59 [0.57, 0.61] |
 | the third release: layer-matched random 3 | 0.54 [0.51, 0.57] | 0.32 [0.29, 0.35] | 0.32 [0.30, 0.34] | 0.41 [0.38, 0.44] | 0.36 [0.33, 0.38] |
@@ -39,7 +39,7 @@ OLD_ROWS = """\
 | the spike: random 3 | .78 | .25 | .34 | .37 | .38 |
 | the spike: top 3, held-out style | .66 | .21 | | .33 | |
 """  # noqa: E501
-# Issue 3's targets: what is asked, the part of the report, the metric, the least value.
+# Targets of issue 3: name, part of the report, metric, minimum.
 TARGETS = (
     ("pointing", "in style", "pointing", 0.93),
     ("Acc@0.5", "in style", "acc@0.5", 0.60),
@@ -51,41 +51,50 @@ TARGETS = (
 
 
 def numbers(now: dict, before: dict) -> Iterator[str]:
-    """Every set of heads, this release and the one before."""
+    """Scores of each set of heads, in this release and earlier ones."""
     yield "| heads | pointing | Acc@0.5 | mean IoU | Acc@0.5 x2 | mean IoU x2 |"
     yield "|---|---|---|---|---|---|"
-    yield _row(f"**top 3 of the ranking** ({_names(_top(now))})", now["in style"]["top 3"])
+    yield _scores_row(f"**top 3 of the ranking** ({_head_names(_top(now))})", now["in style"]["top 3"])
     for key, name in ROWS.items():
         heads = now["heads of each"].get(key, ())
-        yield _row(f"{name} ({_names(heads)})" if 1 <= len(heads) <= 3 else name, now["contrasts"][key])
-    yield _row("**top 3, held-out style**", now["held-out style"]["top 3"])
-    yield _row("top 3, images of 4:3, padded", now["padded"]["top 3"])
-    yield _row("a perfect map (the target's mask)", now["contrasts"][PERFECT])
-    yield _row("the release before (mean of weights up to step 50,500): top 3", before["in style"]["top 3"])
-    yield _row("the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"])
-    yield _row("the release before: top 3, held-out style", before["held-out style"]["top 3"])
+        yield _scores_row(
+            f"{name} ({_head_names(heads)})" if 1 <= len(heads) <= 3 else name, now["contrasts"][key]
+        )
+    yield _scores_row("**top 3, held-out style**", now["held-out style"]["top 3"])
+    yield _scores_row("top 3, images of 4:3, padded", now["padded"]["top 3"])
+    yield _scores_row("a perfect map (the target's mask)", now["contrasts"][PERFECT])
+    yield _scores_row(
+        "the release before (mean of weights up to step 50,500): top 3", before["in style"]["top 3"]
+    )
+    yield _scores_row(
+        "the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"]
+    )
+    yield _scores_row("the release before: top 3, held-out style", before["held-out style"]["top 3"])
     yield from OLD_ROWS.splitlines()
 
 
 def targets(now: dict, before: dict) -> Iterator[str]:
-    """What was asked, what came out, and whether it is enough."""
+    """Each target, the measured value, and whether it is met."""
     yield "| target | measured | | the release before |"
     yield "|---|---|---|---|"
-    for name, part, metric, least in TARGETS:
-        found, then = now[part]["top 3"][metric], before[part]["top 3"][metric]
-        yield f"| {name} >= {least:.2f} | {_interval(found)} | {_verdict(found[0] >= least)} | {then[0]:.3f} |"
-    found, then = (r["in style"]["answers"]["whole answer"] for r in (now, before))
-    yield f"| answers right >= 0.80 | {_interval(found)} | {_verdict(found[0] >= 0.8)} | {then[0]:.3f} |"
+    for name, part, metric, minimum in TARGETS:
+        value, previous = now[part]["top 3"][metric], before[part]["top 3"][metric]
+        verdict = _verdict(value[0] >= minimum)
+        yield f"| {name} >= {minimum:.2f} | {_interval(value)} | {verdict} | {previous[0]:.3f} |"
+    value, previous = (r["in style"]["answers"]["whole answer"] for r in (now, before))
+    yield f"| answers right >= 0.80 | {_interval(value)} | {_verdict(value[0] >= 0.8)} | {previous[0]:.3f} |"
     gains = {metric: _gain(now, metric) for metric in METRICS}
-    enough = all(gain >= 0.1 and apart for gain, apart in gains.values())
-    said, then = (
+    met = all(gain >= 0.1 and apart for gain, apart in gains.values())
+    cell, previous = (
         ", ".join(f"{metric} {_gain(r, metric)[0]:+.2f}" for metric in METRICS[:4]) for r in (now, before)
     )
-    yield f"| 10 points above layer-matched random heads, intervals apart | {said} | {_verdict(enough)} | {then} |"
-    rho, then = (_correlation(r["frequency and IoU"]) for r in (now, before))
-    yield f"| rho >= 0.7, p < 0.001 (marked as in the paper) | {rho} | {_strong(now['frequency and IoU'])} | {then} |"
-    rho, then = (_bounded_correlation(r) for r in (now, before))
-    yield f"| the same over all candidate heads | {rho} | {_strong(now['frequency and IoU']['all'])} | {then} |"
+    yield f"| 10 points above layer-matched random heads, intervals apart | {cell} | {_verdict(met)} | {previous} |"
+    rho, previous = (_correlation(r["frequency and IoU"]) for r in (now, before))
+    verdict = _rho_verdict(now["frequency and IoU"])
+    yield f"| rho >= 0.7, p < 0.001 (marked as in the paper) | {rho} | {verdict} | {previous} |"
+    rho, previous = (_bounded_correlation(r) for r in (now, before))
+    verdict = _rho_verdict(now["frequency and IoU"]["all"])
+    yield f"| the same over all candidate heads | {rho} | {verdict} | {previous} |"
     below, candidates = now["heads"]["below tau"], now["heads"]["candidates"]
     verdict = _verdict(0 < below < candidates)
     yield f"| heads below tau | {below} of {candidates} | {verdict} | {before['heads']['below tau']} |"
@@ -95,34 +104,37 @@ def targets(now: dict, before: dict) -> Iterator[str]:
 
 
 def _ranking_row(now: dict, before: dict) -> str:
-    """How well the whole ranking goes with the IoU, with criterion 1 and without it."""
+    """The correlation of the whole ranking with the IoU, with and without criterion 1."""
     keys = ("frequency and IoU", "frequency by criterion 2 only, and IoU")
-    (one, other), then = ([r[key]["all"]["rho"] for key in keys] for r in (now, before))
-    asked = "criterion 1 helps: rho over all candidates with it and without it"
+    (rho, rho_alone), previous = ([r[key]["all"]["rho"] for key in keys] for r in (now, before))
+    target = "criterion 1 helps: rho over all candidates with it and without it"
     return (
-        f"| {asked} | {one:.2f} and {other:.2f} | {_verdict(one > other)} | {then[0]:.2f} and {then[1]:.2f} |"
+        f"| {target} | {rho:.2f} and {rho_alone:.2f} | {_verdict(rho > rho_alone)} "
+        f"| {previous[0]:.2f} and {previous[1]:.2f} |"
     )
 
 
 def _criterion_row(now: dict, before: dict, number: str, both: str, alone: str) -> str:
-    """What the ranking is worth with criterion 1 and without it, marking `number` heads a sample."""
+    """The scores of the top 3 heads with and without criterion 1; `number` heads are selected per sample."""
     metrics = (("pointing", "pointing"), ("acc@0.5", "Acc@0.5"), ("acc@0.5 x2", "x2"))
 
     def values(report: dict, name: str) -> list[float]:
         rows = report["contrasts"] | {"top 3": report["in style"]["top 3"]}
         return [rows[name][metric][0] for metric, _ in metrics]
 
-    def said(report: dict) -> str:
-        pairs = zip(metrics, values(report, both), values(report, alone), strict=True)
-        return ", ".join(f"{name} {one:.2f} and {other:.2f}" for (_, name), one, other in pairs)
+    def cell(report: dict) -> str:
+        rows = zip(metrics, values(report, both), values(report, alone), strict=True)
+        return ", ".join(
+            f"{name} {value:.2f} and {value_alone:.2f}" for (_, name), value, value_alone in rows
+        )
 
-    worse = all(one > other for one, other in zip(values(now, both), values(now, alone), strict=True))
-    asked = f"the same: scores of the three heads (N = {number})"
-    return f"| {asked} | {said(now)} | {_verdict(worse)} | {said(before)} |"
+    met = all(value > other for value, other in zip(values(now, both), values(now, alone), strict=True))
+    target = f"the same: scores of the three heads (N = {number})"
+    return f"| {target} | {cell(now)} | {_verdict(met)} | {cell(before)} |"
 
 
 def correlations(now: dict, before: dict) -> Iterator[str]:
-    """Selection frequency against mask IoU, for both N, with and without criterion 1."""
+    """Correlation of selection frequency and mask IoU, for both N, with and without criterion 1."""
     yield "| heads | N | now | the release before |"
     yield "|---|---|---|---|"
     both, alone = "frequency and IoU", "frequency by criterion 2 only, and IoU"
@@ -139,7 +151,7 @@ def correlations(now: dict, before: dict) -> Iterator[str]:
 
 
 def kinds(now: dict, before: dict) -> Iterator[str]:
-    """Each kind of expression; in brackets, the release before on the same scenes."""
+    """Scores by kind of expression; in brackets, those of the release before on the same scenes."""
     yield "| expression | scenes | pointing | Acc@0.5 | Acc@0.5 x2 | whole answer right |"
     yield "|---|---|---|---|---|---|"
     for kind, row in now["by kind"].items():
@@ -151,7 +163,7 @@ def kinds(now: dict, before: dict) -> Iterator[str]:
 
 
 def comparisons(now: dict, before: dict) -> Iterator[str]:
-    """Places that tell things of one name apart; in brackets, the release before."""
+    """Scores by the place that tells objects of one name apart; in brackets, those of the release before."""
     yield "| place | scenes | pointing | Acc@0.5 x2 | whole answer right |"
     yield "|---|---|---|---|---|"
     for word, row in now["comparisons"].items():
@@ -163,7 +175,7 @@ def comparisons(now: dict, before: dict) -> Iterator[str]:
 
 
 def talk(now: dict, before: dict) -> Iterator[str]:
-    """Answers to questions about an image; the last column is the release before."""
+    """Accuracy of answers to questions about an image."""
     yield "| asked | answers | right | the release before |"
     yield "|---|---|---|---|"
     for kind, (share, number) in now["talk"].items():
@@ -171,7 +183,7 @@ def talk(now: dict, before: dict) -> Iterator[str]:
 
 
 def answers(now: dict, before: dict) -> Iterator[str]:
-    """Shares of answers right, in the three sets of scenes."""
+    """Accuracy of the answers in the three sets of scenes."""
     yield "| scenes | first word | every word | whole answer | whole answer, the release before |"
     yield "|---|---|---|---|---|"
     for part in ("in style", "held-out style", "padded"):
@@ -183,7 +195,7 @@ TABLES = {f.__name__: f for f in (numbers, targets, correlations, kinds, compari
 
 
 def fill(page: str, now: dict, before: dict) -> str:
-    """The page with every marked table written anew."""
+    """The page with every marked table replaced."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{chr(10).join(TABLES[match[2]](now, before))}\n<!-- end -->"
@@ -191,7 +203,7 @@ def fill(page: str, now: dict, before: dict) -> str:
     return re.sub(r"(<!-- table: (\w+) -->).*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
-def _row(name: str, values: dict) -> str:
+def _scores_row(name: str, values: dict) -> str:
     return f"| {name} | {' | '.join(_interval(values[metric]) for metric in METRICS)} |"
 
 
@@ -201,10 +213,11 @@ def _interval(value: list[float]) -> str:
 
 
 def _top(report: dict) -> list[list]:
+    """[layer, head] of each of the top 3."""
     return [head[:2] for head in report["heads"]["top 3"]]
 
 
-def _names(heads: list[list]) -> str:
+def _head_names(heads: list[list]) -> str:
     return " ".join(f"L{layer}H{head}" for layer, head in heads)
 
 
@@ -213,30 +226,30 @@ def _verdict(met: bool) -> str:
 
 
 def _gain(report: dict, metric: str) -> tuple[float, bool]:
-    """How far the top 3 lie above random heads, and whether the intervals are apart."""
+    """The top 3's gain over random heads of the same layers, and whether the intervals are disjoint."""
     top, random = report["in style"]["top 3"][metric], report["contrasts"]["layer-matched random 3"][metric]
     return top[0] - random[0], top[1] > random[2]
 
 
-def _correlation(found: dict) -> str:
-    if found["rho"] is None:
-        return f"not defined, {found['heads']} heads"
-    return f"{found['rho']:.2f}, p = {found['p']:.1g}, {found['heads']} heads"
+def _correlation(values: dict) -> str:
+    if values["rho"] is None:
+        return f"not defined, {values['heads']} heads"
+    return f"{values['rho']:.2f}, p = {values['p']:.1g}, {values['heads']} heads"
 
 
 def _bounded_correlation(report: dict) -> str:
-    """Over all candidates, beside the most that rho can be when heads below tau share the frequency 0.
+    """The correlation over all candidates, with its upper bound given that the heads below tau tie at frequency 0.
 
     Spearman's rho with t of n values tied on one side is at most sqrt(1 - (t^3 - t) / (n^3 - n)).
     """
     tied, number = report["heads"]["below tau"], report["heads"]["candidates"]
-    most = (1 - (tied**3 - tied) / (number**3 - number)) ** 0.5
-    found = _correlation(report["frequency and IoU"]["all"])
-    return f"{found}; at most {most:.2f} with {tied} of them at 0"
+    bound = (1 - (tied**3 - tied) / (number**3 - number)) ** 0.5
+    rho = _correlation(report["frequency and IoU"]["all"])
+    return f"{rho}; at most {bound:.2f} with {tied} of them at 0"
 
 
-def _strong(found: dict) -> str:
-    return _verdict(found["rho"] is not None and found["rho"] >= 0.7 and found["p"] < 0.001)
+def _rho_verdict(values: dict) -> str:
+    return _verdict(values["rho"] is not None and values["rho"] >= 0.7 and values["p"] < 0.001)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Write a trained model as plain transformers load it (weights, tokenizer, processor, chat template).
+"""Export a trained model as a folder that transformers loads: weights, tokenizer, processor, chat template.
 
 python -m training.export RUN_FOLDER [TARGET_FOLDER] [--mean-with FOLDER ...]
 """
@@ -15,7 +15,7 @@ from training.recipe import ModelRecipe
 from training.trainer import load_run, mean_weights
 
 EMBEDDED = Path(__file__).parents[1] / "localization_heads" / "lvlm" / "embedded"
-# System sentence, image, the user's words; earlier answers of a conversation end with </s>.
+# System sentence, image, the user's text; earlier answers in a conversation end with </s>.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}{{- '" + SYSTEM.replace("'", "\\'") + "\n' -}}{%- endif -%}"
     "{%- for message in messages -%}"
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def build_processor(recipe: ModelRecipe) -> LlavaProcessor:
-    """Pads an image to a square, as LLaVA does, and scales it to the model's size."""
+    """A processor that pads images to a square, as LLaVA does, and scales them to the model's size."""
     side = recipe.image_size
     images = LlavaImageProcessorPil(
         do_pad=True, size={"height": side, "width": side}, crop_size={"height": side, "width": side}
@@ -46,7 +46,7 @@ def build_processor(recipe: ModelRecipe) -> LlavaProcessor:
 
 
 def export(model: LlavaForConditionalGeneration, recipe: ModelRecipe, folder: Path = EMBEDDED) -> None:
-    """Write the folder that `from_pretrained` and the tool load."""
+    """Write a model folder for `from_pretrained` and `load_model`."""
     model.generation_config = GenerationConfig(
         bos_token_id=IDS["<s>"], eos_token_id=IDS["</s>"], pad_token_id=IDS["<pad>"], max_new_tokens=24
     )
@@ -57,7 +57,7 @@ def export(model: LlavaForConditionalGeneration, recipe: ModelRecipe, folder: Pa
 
 
 def main() -> None:
-    """Parse the options, write the folder."""
+    """Parse the options and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("target", type=Path, nargs="?", default=EMBEDDED)
@@ -67,7 +67,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="write the mean of its weights and of these, of runs or models; one may be named more than once",
+        help="average the run's weights with those of these runs or models; repeat a folder to weight it",
     )
     options = parser.parse_args()
     recipe, trained = load_run(options.run)

@@ -1,4 +1,4 @@
-"""The words of the embedded model: vocabulary, tokenizer, and the conversations it learns from."""
+"""The embedded model's language: vocabulary, tokenizer, and the conversations that it is trained on."""
 
 from collections.abc import Iterator
 from random import Random
@@ -23,18 +23,18 @@ the thing on the left right at top bottom above below of which has with somethin
 what kind of can you name repeat : i me find where show object only it
 """
 COMPARISON = "comparison"
-QUESTIONS = 0.2  # share of the turns about an image
+QUESTION_SHARE = 0.2  # of the turns about an image
 PROPERTIES = tuple(dict.fromkeys(feature for _, feature in VOCABULARY.values() if feature))
 
 
 def split(text: str) -> list[str]:
-    """Words and punctuation marks, lower case; the tokenizer does the same."""
+    """Lower-case words and punctuation marks, split as by `build_tokenizer`."""
     spaced = "".join(c if c.isalnum() or c.isspace() else f" {c} " for c in text.lower())
     return spaced.split()
 
 
 def vocabulary() -> list[str]:
-    """Special tokens first, then every word in order of first use."""
+    """All words by token id: special tokens first, then the words in order of first use."""
     kinds = [kind for kind, _ in VOCABULARY.values()]
     words = [
         *split(SYSTEM),
@@ -58,7 +58,7 @@ def encode(text: str) -> list[int]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level fast tokenizer: lower case, punctuation split off, `<s>` in front."""
+    """A word-level fast tokenizer that lower-cases, splits off punctuation and prepends `<s>`."""
     tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -86,23 +86,26 @@ def scene_turns(
     weights: dict[str, float] | None = None,
     presence: float = 0.0,
 ) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) turns about a scene, endless: a description, then expressions and questions.
+    """An endless stream of (prompt, answer) turns: often a list of the objects first, then expressions and questions.
 
-    `places` puts the object's place in front of every description (the ablation). `weights` says how often which
-    kind of expression is drawn (1 for kinds not named); all alike if empty. A weight for COMPARISON sets apart the
-    places and relations that tell things of one name from each other. `presence` is the share of the turns that ask
-    whether an expression refers to something.
+    Args:
+        places: start the answers to expressions with the object's place (the ablation).
+        weights: sampling weights of the kinds of expression, 1 for kinds not given; None or empty: uniform. With a
+            weight for COMPARISON, places and relations that tell objects of one name apart are a kind of their own.
+        presence: share of the turns that ask whether an expression refers to anything.
     """
     if rng.random() < 0.6:
         yield list_turn(scene, rng)
-    telling = [e for e in scene.expressions if len(scene.objects) > 1 or scene.objects[0].name not in e.text]
+    informative = [
+        e for e in scene.expressions if len(scene.objects) > 1 or scene.objects[0].name not in e.text
+    ]
     by_kind: dict[str, list] = {}
-    for expression in telling:
+    for expression in informative:
         by_kind.setdefault(_kind(expression, scene, weights or {}), []).append(expression)
     while True:
         if presence and rng.random() < presence:
             yield presence_turn(scene, rng)
-        elif not telling or rng.random() < QUESTIONS:
+        elif not informative or rng.random() < QUESTION_SHARE:
             yield question_turn(scene, rng)
         else:
             kinds = list(by_kind)
@@ -111,29 +114,26 @@ def scene_turns(
             )
             e = rng.choice(by_kind[kind])
             place = f"{_place(scene, e.object_index)} " if places else ""
-            yield f"{_with_unknown_word(e.text, rng)} .", place + e.answer
+            yield f"{_with_random_prefix(e.text, rng)} .", place + e.answer
 
 
 def _kind(expression: Expression, scene: Scene, weights: dict[str, float]) -> str:
-    """The kind of an expression, or COMPARISON where that has a weight of its own."""
+    """The kind of an expression, or COMPARISON if it is one and `weights` has that kind."""
     name = scene.objects[expression.object_index].name
     if COMPARISON in weights and expression.kind in ("place", "relation"):
         return COMPARISON if [o.name for o in scene.objects].count(name) > 1 else expression.kind
     return expression.kind
 
 
-def _with_unknown_word(text: str, rng: Random) -> str:
-    """Now and then a word the model does not know in front, so that it has met one."""
-    return (
-        f"please find {text}"
-        if rng.random() < 0.03
-        else f"{SPECIAL[-1]} {text}"
-        if rng.random() < 0.02
-        else text
-    )
+def _with_random_prefix(text: str, rng: Random) -> str:
+    """The text, sometimes with a prefix: "please find", or an unknown word, so that the model is trained on one."""
+    if rng.random() < 0.03:
+        return f"please find {text}"
+    return f"<unk> {text}" if rng.random() < 0.02 else text
 
 
 def _place(scene: Scene, index: int) -> str:
+    """The quadrant of the image that holds an object's centre, such as "top left"."""
     x0, y0, x1, y1 = scene.objects[index].box
     size = scene.image.shape[0]
     row = "top" if y0 + y1 < size else "bottom"
@@ -141,7 +141,7 @@ def _place(scene: Scene, index: int) -> str:
 
 
 def list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
-    """Ask for everything; the names come from left to right."""
+    """Ask for a list of the objects; the answer names them from left to right."""
     prompts = (
         "what is in this image ?",
         "describe this image .",
@@ -153,16 +153,16 @@ def list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def question_turn(scene: Scene, rng: Random) -> tuple[str, str]:
-    """A question about one object, the number of objects, or whether something is there, or where one says."""
+    """Ask about an object's colour, size, name or location, the number of objects, or whether a kind is present."""
     kind = rng.choice(("colour", "colour", "size", "name", "count", "exists", "where", "where"))
     if kind == "where":
         return _where_turn(scene, rng)
     if kind == "count":
         return "how many objects are there ?", NUMBERS[len(scene.objects)]
     if kind == "exists" or not scene.expressions:
-        there = [o.name for o in scene.objects]
-        name = rng.choice(there if rng.random() < 0.5 else NAMES)
-        return f"is there a {name} ?", "yes" if name in there else "no"
+        present = [o.name for o in scene.objects]
+        name = rng.choice(present if rng.random() < 0.5 else NAMES)
+        return f"is there a {name} ?", "yes" if name in present else "no"
     e = rng.choice(scene.expressions)
     target = scene.objects[e.object_index]
     phrase = e.text if e.text.startswith(("the ", "something ")) else f"the {e.text}"
@@ -174,19 +174,19 @@ def question_turn(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def presence_turn(scene: Scene, rng: Random) -> tuple[str, str]:
-    """Ask whether an expression refers to something in the image: as often yes as no."""
+    """Ask whether an expression refers to anything in the image; yes and no are equally likely."""
     if scene.expressions and rng.random() < 0.5:
         return f"is there {rng.choice(scene.expressions).text} ?", "yes"
     return f"is there {draw_absent_expression(scene.things, rng).text} ?", "no"
 
 
 def _where_turn(scene: Scene, rng: Random) -> tuple[str, str]:
-    """Ask whether an object is in one half of the image, or on one side of another; the answer is yes or no."""
+    """Ask whether an object is in one half of the image, or on one side of another object (yes or no)."""
     names = [o.name for o in scene.objects]
-    single = [o for o in scene.objects if names.count(o.name) == 1]
-    if not single:
+    unique = [o for o in scene.objects if names.count(o.name) == 1]
+    if not unique:
         return "how many objects are there ?", NUMBERS[len(scene.objects)]
-    target, *others = rng.sample(single, min(2, len(single)))
+    target, *others = rng.sample(unique, min(2, len(unique)))
     side = scene.image.shape[0]
     other = others[0] if others and rng.random() < 0.5 else None
     words = RELATIONS if other else PLACES
@@ -196,7 +196,7 @@ def _where_turn(scene: Scene, rng: Random) -> tuple[str, str]:
         centre = other.box[axis] + other.box[axis + 2] if other else side
         return sign * (target.box[axis] + target.box[axis + 2] - centre) / 2 / side
 
-    word = max(rng.sample(list(words), 2), key=lambda word: abs(offset(word)))  # rather the telling axis
+    word = max(rng.sample(list(words), 2), key=lambda word: abs(offset(word)))  # prefer the clearer axis
     answer = "yes" if offset(word) > 0 else "no"
     if other:
         return f"is the {target.name} {word} the {other.name} ?", answer
@@ -204,7 +204,7 @@ def _where_turn(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def text_turns(rng: Random) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) turns that need no image, endless: what things are, have, are for; repeating words."""
+    """An endless stream of (prompt, answer) turns without an image: facts about things, and words to repeat."""
     while True:
         name, other = rng.sample(NAMES, 2)
         kind, feature = VOCABULARY[name]
@@ -212,8 +212,8 @@ def text_turns(rng: Random) -> Iterator[tuple[str, str]]:
         if task == "kind":
             yield f"what kind of thing is the {name} ?", kind
         elif task == "has":
-            asked = feature if feature and rng.random() < 0.5 else rng.choice(PROPERTIES)
-            yield f"does the {name} have {asked} ?", "yes" if asked == feature else "no"
+            candidate = feature if feature and rng.random() < 0.5 else rng.choice(PROPERTIES)
+            yield f"does the {name} have {candidate} ?", "yes" if candidate == feature else "no"
         elif task == "choose" and VOCABULARY[other][0] != kind:
             first, second = rng.sample((name, other), 2)
             yield f"which is the {kind} , {first} or {second} ?", name

@@ -1,8 +1,8 @@
-"""Styles to learn from that are made of one-colour icons: outlines and silhouettes, filled in the colours of Noto.
+"""Training styles made from monochrome icons: outlines and silhouettes, filled with the colours of Noto's emojis.
 
-`training.build_sprites` writes them. An icon draws a thing with lines or with holes, in black; what the outside does
-not reach is the thing, and gets the commonest colour of Noto's emoji for it. So the vision tower sees drawings of
-other hands, with strokes of other widths, in plausible colours.
+Icons are black, drawn with lines or with holes. The area enclosed by the ink is filled with the most common colour of
+Noto's emoji of the same thing, so that the vision tower sees more drawing styles and stroke widths in plausible
+colours. `training.build_sprites` writes the atlases.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from PIL import Image
 from resvg_py import svg_to_bytes
 from scipy import ndimage
 
-CELL, COLUMNS = 160, 10  # pixels a sprite, sprites a row
-SIDE, MARGIN = 480, 40  # pixels an icon, and around it
+CELL, COLUMNS = 160, 10  # pixels per side of a sprite; sprites per row
+SIDE, MARGIN = 480, 40  # pixels per side of an icon, and of the margin around it
 DARK = (20, 20, 20)
-# IconPark's two colours, and how pale the new one is that takes their place.
+# IconPark's two blues, and how far the fill colour that replaces each is blended with white.
 ICONPARK_FILLS = (((47, 136, 255), 0.0), ((67, 204, 248), 0.5))
 
 
 class Source(NamedTuple):
-    """An icon set; how its ink is read (`lines`, `holes`, `colours`), and pixels that strokes grow by."""
+    """An icon set, how its ink is drawn (a key of `_INKS`), and the pixels by which strokes are widened."""
 
     package: str
     ink: str
     growth: int = 0
 
 
-# The first source that draws a name wins; names that none draws stay empty, and are borrowed from Noto.
+# The first source with an icon wins; without one the cell stays empty, and the scenes borrow Noto's sprite.
 STYLES: Mapping[str, tuple[Source, ...]] = {
     "lines_a": (
         Source("icon-park", "colours"),
@@ -53,7 +53,7 @@ STYLES: Mapping[str, tuple[Source, ...]] = {
     "solid": (Source("game-icons", "holes"), Source("mdi", "holes"), Source("emojione-monotone", "holes")),
     "glyphs": (Source("mdi", "holes"), Source("emojione-monotone", "holes")),
 }
-# What icons call a thing, best first; then its own name.
+# Icon names to try for a thing, best first, before its own name.
 ICONS: Mapping[str, str] = {
     "dog": "dog-face dog-side sitting-dog", "cat": "cat-face", "pig": "pig-face", "rabbit": "rabbit-face",
     "bird": "bird hummingbird dove", "rooster": "rooster chicken hen", "fish": "tropical-fish fish fish-food",
@@ -72,14 +72,14 @@ ICONS: Mapping[str, str] = {
     "dress": "dress skirt", "glasses": "eyeglasses glasses spectacles sunglasses",
     "tree": "deciduous-tree tree tree-deciduous oak plant", "rose": "rose flower flower-rose",
 }  # fmt: skip
-OTHER_THINGS = {  # icons of the right name that show something else
+FALSE_MATCHES = {  # icons with the right name that show something else
     ("game-icons", "pig"), ("icon-park", "trumpet"), ("icon-park", "scissors"), ("icon-park", "lamp"),
     *((package, "rose") for package in ("hugeicons", "lucide", "lucide-lab", "tabler", "ph")),
 }  # fmt: skip
 
 
 def build_line_art(packages: Path, names: list[str], noto: Image.Image) -> Mapping[str, Image.Image]:
-    """An RGBA atlas for each style all of whose packages lie in the folder, at `FOLDER/<set>/icons.json`."""
+    """An RGBA atlas per style, for the styles whose packages are all at `packages/<set>/icons.json`."""
     return {
         style: _atlas(sources, packages, names, noto)
         for style, sources in STYLES.items()
@@ -92,18 +92,18 @@ def _atlas(sources: tuple[Source, ...], packages: Path, names: list[str], noto: 
     atlas = Image.new("RGBA", (COLUMNS * CELL, -(-len(names) // COLUMNS) * CELL))
     for index, name in enumerate(names):
         corner = (index % COLUMNS * CELL, index // COLUMNS * CELL)
-        fill = _commonest_colour(noto.crop((*corner, corner[0] + CELL, corner[1] + CELL)))
+        fill = _most_common_colour(noto.crop((*corner, corner[0] + CELL, corner[1] + CELL)))
         for source, icon_set in zip(sources, sets, strict=True):
-            icon = _find(icon_set, name)
+            icon = _find_icon(icon_set, name)
             if icon is not None:
-                atlas.paste(_filled(draw_icon(icon, icon_set), source, fill), corner)
+                atlas.paste(_filled_sprite(draw_icon(icon, icon_set), source, fill), corner)
                 break
     return atlas
 
 
-def _find(icon_set: dict, name: str) -> dict | None:
-    """The record of the icon that draws `name`, aliases followed."""
-    if (icon_set["prefix"], name) in OTHER_THINGS:
+def _find_icon(icon_set: dict, name: str) -> dict | None:
+    """The record of the icon that shows `name`, resolving aliases; None if the set has none."""
+    if (icon_set["prefix"], name) in FALSE_MATCHES:
         return None
     for plain in (*ICONS.get(name, "").split(), name):
         for candidate in (plain, f"{plain}-01", f"{plain}-one", plain.replace("-", "")):
@@ -115,7 +115,7 @@ def _find(icon_set: dict, name: str) -> dict | None:
 
 
 def draw_icon(icon: dict, icon_set: dict) -> Image.Image:
-    """RGBA image of an icon, SIDE pixels a side, with what has no colour of its own in black."""
+    """RGBA image of an icon, SIDE x SIDE pixels; parts without a colour of their own are black."""
     width, height = (icon.get(side, icon_set.get(side, 16)) for side in ("width", "height"))
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -126,14 +126,14 @@ def draw_icon(icon: dict, icon_set: dict) -> Image.Image:
 
 
 def fit_cell(sprite: Image.Image) -> Image.Image:
-    """The sprite with a longer side of CELL pixels."""
+    """The sprite scaled to a longer side of CELL pixels."""
     scale = CELL / max(sprite.size)
     size = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))
     return sprite.resize(size, Image.Resampling.LANCZOS)
 
 
-def _commonest_colour(emoji: Image.Image) -> NDArray[np.float64]:
-    """The mean of the fullest of 4 x 4 x 4 bins of its opaque pixels; dark ones are lightened, lines are dark."""
+def _most_common_colour(emoji: Image.Image) -> NDArray[np.float64]:
+    """The mean colour of the largest of 4 x 4 x 4 colour bins, lightened if dark, to contrast with the dark lines."""
     pixels = np.array(emoji.resize((CELL // 4, CELL // 4))).reshape(-1, 4)
     rgb = pixels[pixels[:, 3] > 127, :3].astype(float)
     bins = (rgb // 64) @ (16, 4, 1)
@@ -141,8 +141,8 @@ def _commonest_colour(emoji: Image.Image) -> NDArray[np.float64]:
     return colour + 50 if colour.mean() < 70 else colour
 
 
-def _filled(icon: Image.Image, source: Source, fill: NDArray[np.float64]) -> Image.Image:
-    """The sprite: an icon whose inside is filled, cropped, with a longer side of CELL pixels."""
+def _filled_sprite(icon: Image.Image, source: Source, fill: NDArray[np.float64]) -> Image.Image:
+    """The sprite of an icon: filled, cropped, and scaled to a longer side of CELL pixels."""
     pixels = np.pad(np.array(icon), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
     ink = pixels[..., 3] > 100
     body = _body(ink)
@@ -154,22 +154,24 @@ def _filled(icon: Image.Image, source: Source, fill: NDArray[np.float64]) -> Ima
 
 
 def _body(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The ink and what it encloses; gaps of an outline up to 28 pixels wide are closed first."""
+    """The ink and the area it encloses, after closing gaps in the outline up to 28 pixels wide."""
     closed = ndimage.binary_closing(ndimage.binary_dilation(ink, iterations=2), iterations=14)
     regions, _ = ndimage.label(~closed)
     return ~(ndimage.binary_dilation(regions == regions[0, 0], iterations=2) & ~ink)
 
 
 def _lines(sprite, pixels, ink, body, growth, fill) -> None:
+    """Draw the ink as dark lines."""
     sprite[ndimage.binary_dilation(ink, iterations=growth)] = (*DARK, 255)
 
 
 def _holes(sprite, pixels, ink, body, growth, fill) -> None:
+    """Draw the holes in a silhouette as dark lines."""
     sprite[body & ~ink] = (*DARK, 255)
 
 
 def _colours(sprite, pixels, ink, body, growth, fill) -> None:
-    """The icon's own colours, its two shades of blue replaced."""
+    """Draw the icon in its own colours, with its two blues replaced."""
     rgb = pixels[..., :3].astype(int)
     for blue, pale in ICONPARK_FILLS:
         rgb[np.abs(rgb - blue).sum(-1) < 60] = fill + (255 - fill) * pale

@@ -1,7 +1,7 @@
 """Muon for the hidden matrices, AdamW for the rest, with a cap on query and key weights.
 
-The cap is what lets this model learn: without it queries and keys grow tenfold, heads become one-hot, and
-learning stops. `HalfCopy` keeps float32 weights beside the bfloat16 ones that compute.
+The cap is essential for this model: without it, query and key weights grow tenfold, attention becomes one-hot, and
+learning stops. `HalfCopy` provides mixed precision: float32 master weights and a bfloat16 copy for computing.
 """
 
 import copy
@@ -13,7 +13,7 @@ from training.recipe import Recipe
 
 
 class HalfCopy:
-    """A bfloat16 twin of a model for forward and backward; embeddings stay float32."""
+    """A bfloat16 copy (`twin`) of a model for the forward and backward pass; its embeddings stay float32."""
 
     def __init__(self, model: nn.Module):
         self.model, self.twin = model, copy.deepcopy(model)
@@ -23,20 +23,20 @@ class HalfCopy:
         self.pairs = list(zip(model.parameters(), self.twin.parameters(), strict=True))
 
     def pull_gradients(self) -> None:
-        """Move the twin's gradients to the float32 weights."""
+        """Move the twin's gradients to the float32 master weights."""
         for parameter, twin in self.pairs:
             parameter.grad = None if twin.grad is None else twin.grad.float()
             twin.grad = None
 
     @torch.no_grad()
     def push_weights(self) -> None:
-        """Round the float32 weights into the twin."""
+        """Copy the float32 master weights into the twin, rounding them."""
         for parameter, twin in self.pairs:
             twin.data.copy_(parameter.data)
 
 
 class Optimiser:
-    """One step for all parameters; `state_dict` resumes it exactly."""
+    """Muon and AdamW as one optimiser; resumes exactly from its `state_dict`."""
 
     def __init__(self, model: nn.Module, recipe: Recipe):
         self.recipe = recipe
@@ -60,7 +60,7 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """Update every weight; `factor` scales all learning rates. Gradients are cleared."""
+        """Update all weights with learning rates scaled by `factor`, then clear the gradients."""
         for shape, parameters in self.matrices.items():
             self._muon_step(parameters, self.momenta[shape], factor)
         for group in self.adam.param_groups:
@@ -71,24 +71,25 @@ class Optimiser:
             parameter.grad = None
 
     def _muon_step(self, parameters: list[Tensor], momenta: Tensor, factor: float) -> None:
-        """Weights without a gradient (the tower's on text alone, the language model's on captions) stay."""
-        moved = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-        if not moved:
+        """Update matrices of one shape with Muon; those without a gradient (the tower's on text alone) stay."""
+        updated = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+        if not updated:
             return
-        gradients = torch.stack([parameters[i].grad for i in moved])
-        momenta[moved] = momenta[moved].lerp(gradients, 0.05)
-        update = orthogonalise(gradients.lerp(momenta[moved], 0.95))
+        gradients = torch.stack([parameters[i].grad for i in updated])
+        momenta[updated] = momenta[updated].lerp(gradients, 0.05)
+        directions = orthogonalise(gradients.lerp(momenta[updated], 0.95))
         rows, columns = parameters[0].shape
         rate = self.recipe.matrix_rate * factor
-        for i, direction in zip(moved, update, strict=True):
+        for i, direction in zip(updated, directions, strict=True):
             parameters[i].mul_(1 - rate * self.recipe.weight_decay)
             parameters[i].add_(direction, alpha=-rate * max(1.0, rows / columns) ** 0.5)
 
     @torch.no_grad()
     def _cap(self) -> None:
+        """Scale each query and key weight down to a root mean square of at most `query_key_cap`."""
         for parameter in self.capped:
-            size = parameter.square().mean().sqrt()
-            parameter.mul_((self.recipe.query_key_cap / size).clamp(max=1.0))
+            rms = parameter.square().mean().sqrt()
+            parameter.mul_((self.recipe.query_key_cap / rms).clamp(max=1.0))
 
     def state_dict(self) -> dict:
         return {"momenta": list(self.momenta.values()), "adam": self.adam.state_dict()}

@@ -1,4 +1,4 @@
-"""A quick look at validation scenes during training."""
+"""A quick evaluation on validation scenes during training."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,20 @@ from transformers import LlavaForConditionalGeneration
 from localization_heads.heads.criteria import attention_sum, spatial_entropy
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
-from training.measure import Measured, measure
+from training.measure import SceneResult, measure
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Shares and means over the scenes; `top` is for the three heads that the label-free ranking finds."""
+    """Results on the validation scenes, layers 0 and 1 excluded.
+
+    Args:
+        first_right, answer_right: share of answers whose first word, or all of them, are correct.
+        top_pointing: mean pointing accuracy of the top 3 heads of the label-free ranking.
+        best_pointing, mean_pointing: the best head's, and the mean over all heads.
+        lowest_sum: the lowest mean attention sum of a head.
+        kept: share of heads whose mean attention sum reaches tau.
+    """
 
     first_right: float
     answer_right: float
@@ -25,7 +33,7 @@ class Probe:
 
 
 def probe(model: LlavaForConditionalGeneration, num_samples: int = 60) -> Probe:
-    """Answers and localisation on the first validation scenes."""
+    """Evaluate the model on the first `num_samples` validation scenes."""
     size = model.config.vision_config.image_size
     results = measure(model, scene_samples(num_samples, size=size, seeds=VALIDATION_SEEDS))
     maps = np.stack([r.maps for r in results])
@@ -34,8 +42,8 @@ def probe(model: LlavaForConditionalGeneration, num_samples: int = 60) -> Probe:
     top = ranking.heads[:3]
     pointing = pointing_of_heads(results)
     return Probe(
-        first_right=float(np.mean([r.right[0] for r in results])),
-        answer_right=float(np.mean([all(r.right) for r in results])),
+        first_right=float(np.mean([r.answer_correct[0] for r in results])),
+        answer_right=float(np.mean([all(r.answer_correct) for r in results])),
         top_pointing=float(np.mean([pointing[:, h.layer, h.head].mean() for h in top])),
         best_pointing=float(pointing.mean(0)[2:].max()),
         mean_pointing=float(pointing[:, 2:].mean()),
@@ -44,8 +52,8 @@ def probe(model: LlavaForConditionalGeneration, num_samples: int = 60) -> Probe:
     )
 
 
-def pointing_of_heads(results: list[Measured]) -> np.ndarray:
-    """Whether each head's peak lies in the target's box: bool (sample, layer, head)."""
+def pointing_of_heads(results: list[SceneResult]) -> np.ndarray:
+    """Whether the peak of each head's map lies in the target's box: bool (sample, layer, head)."""
     hits = []
     for result in results:
         grid = result.maps.shape[-1]

@@ -1,10 +1,10 @@
-"""Every number of the training run in one place."""
+"""All hyperparameters of the training run."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SPRITES = Path(__file__).parent / "sprites"  # the styles that are there to learn from only, a file each
+SPRITES = Path(__file__).parent / "sprites"  # styles for training only, one atlas each
 TRAINING_STYLES = ("noto_v1", "emojione", "fxemoji")
 MORE_STYLES = (
     *TRAINING_STYLES,
@@ -12,13 +12,13 @@ MORE_STYLES = (
     "fluent_3d",
     "streamline",
     "streamline",
-)  # the last is the only one with outlines
-LINE_STYLES = (*MORE_STYLES, "lines_a", "lines_b", "contrast", "solid", "glyphs")  # of icons, filled in
+)  # twice: the only one with outlines
+LINE_STYLES = (*MORE_STYLES, "lines_a", "lines_b", "contrast", "solid", "glyphs")  # and those of `line_art`
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Shape of the LLaVA: CLIP tower, projector, Llama."""
+    """Architecture of the LLaVA: CLIP vision tower, projector, Llama."""
 
     image_size: int = 192
     patch_size: int = 8
@@ -39,11 +39,15 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class Canvas:
-    """One kind of image: cells a side, how many objects (None: as in full scenes), images a step and worker.
+    """A kind of training image.
 
-    `text_tokens` is the room for conversations about each; with 0 the vision tower learns from captions alone.
-    `scene_cells` is how many cells the side of a full scene would take (None: the model's grid). With fewer, scenes
-    are drawn smaller, and the cells are spread over the grid, so that places and extents stay those of full images.
+    Args:
+        cells: patches per side.
+        num_objects: drawn from these; None: as in full scenes.
+        images: images per step and worker.
+        text_tokens: length of the packed conversations about each image; with 0, only the caption loss is used.
+        scene_cells: cells that the side of a full scene takes (None: the model's grid). With fewer, scenes are drawn
+            smaller and their cells are spread over the grid, so that positions and extents stay those of full images.
     """
 
     cells: int
@@ -55,36 +59,36 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a run shows from step `start` on: shares of (text only, each of the canvases), and what the images are.
+    """The training data from step `start` on.
 
-    `kinds` weighs the kinds of expression that conversations draw from (1 for those not named; none: all alike);
-    see `language.scene_turns`.
+    `mix` is the probability of a batch of text alone, then of each of the canvases. `kinds` are sampling weights of the
+    kinds of expression (see `language.scene_turns`).
     """
 
     start: int
     mix: tuple[float, ...]
     kinds: tuple[tuple[str, float], ...] = ()
-    augment_share: float = 0.6  # of the images drawn with varied outlines and contrast
-    training_styles_share: float = 0.35  # of the images in the styles that are there to learn from only,
-    styles: tuple[str, ...] = TRAINING_STYLES  # one of these
-    repeats: float = 0.4  # share of the scenes in which a name comes more than once
-    presence: float = 0.0  # share of the turns that ask whether an expression refers to something
+    augment_share: float = 0.6  # share of images with varied outlines and contrast
+    training_styles_share: float = 0.35  # share of images in one of `styles`
+    styles: tuple[str, ...] = TRAINING_STYLES
+    repeats: float = 0.4  # share of scenes with several objects of one name
+    presence: float = 0.0  # share of turns that ask whether an expression refers to anything
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One training run.
 
-    The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; images of
-    few objects; full scenes, drawn in 16 x 16 cells first, then in all of them; more of these, at rates that rise
-    once more, with more places, colours and relations to tell apart, and a cost that few heads escape; once more, with
-    more styles, and more things of one name to tell apart by where they are; and once more, in larger batches, with
-    questions whether an expression refers to something.
+    The stages: language alone, as in pretrained LLMs; the vision tower on captions, as in CLIP; images of few objects;
+    full scenes, first of 16 x 16 cells, then of the full grid. Then the learning rate is raised again three times: with
+    more places, colours and relations, and a penalty on attention to the image that favours few heads; with more
+    styles, and more objects of one name that only their places tell apart; and in larger batches, with questions
+    whether an expression refers to anything.
     """
 
     steps: int = 53_373
     seed: int = 0
-    workers: int = 1  # data-parallel processes of one thread each; on a GPU as many parts of a batch
+    workers: int = 1  # data-parallel processes of one thread each; on a GPU, their batches are concatenated
     model: ModelRecipe = field(default_factory=ModelRecipe)
     canvases: tuple[Canvas, ...] = (
         Canvas(10, (1,), 40, 0, 16),
@@ -173,7 +177,7 @@ class Recipe:
             repeats=0.5,
             styles=LINE_STYLES,
         ),
-        Stage(  # 16 workers' parts of a batch, on a GPU
+        Stage(  # run on a GPU with 16 workers' batches concatenated
             50_500,
             (0.03, 0.0, 0.0, 0.10, 0.20, 0.0, 0.05, 0.06, 0.06, 0.0, 0.50),
             kinds=(("comparison", 2.0),),
@@ -184,21 +188,21 @@ class Recipe:
             presence=0.15,
         ),
     )
-    text_rows: int = 6  # rows of a batch without images,
-    text_tokens: int = 112  # of so many tokens
-    expression_weight: float = 0.15  # of the loss on prompt tokens; answers weigh 1
-    caption_weight: float = 0.3  # of the loss of naming what patches show; see `FastForward.caption_loss`
-    caption_beside: float = 0.5  # the same, beside conversations
-    caption_keep: float = 0.2  # share of the patches that loss sees, so that every part of a thing is named
-    answer_places: bool = False  # ablation: name the place first in every answer
-    image_keep: float = 1.0  # share of the image tokens that the language model sees
-    image_dropout: float = 0.3  # of attention from text to image tokens
-    bars_share: float = 0.15  # of the images with bars, as of an image that was not square
-    look_cost: float = 0.4  # of attention to the image, so that heads with nothing to see rest on the text
-    look_from: int = 6_200  # the step from which that cost grows, once there is something to look for,
-    look_steps: int = 1_500  # in so many steps
-    # (step, weight), joined by lines. From the first of these steps on each head pays the root of what it looks, not
-    # the amount itself: a little looking in many heads costs more than much in few.
+    text_rows: int = 6  # rows of a batch of text alone
+    text_tokens: int = 112  # tokens of such a row
+    expression_weight: float = 0.15  # weight of the loss on prompt tokens; 1 on answers
+    caption_weight: float = 0.3  # weight of `FastForward.caption_loss` without conversations
+    caption_beside: float = 0.5  # the same, with conversations
+    caption_keep: float = 0.2  # share of patches in that loss, so that each part of an object is learned
+    answer_places: bool = False  # ablation: start answers with the object's place
+    image_keep: float = 1.0  # share of image tokens that the language model sees
+    image_dropout: float = 0.3  # dropout of attention from text to image tokens
+    bars_share: float = 0.15  # share of images with bars, as from padding to a square
+    look_cost: float = 0.4  # penalty on attention to the image, so that unneeded heads attend to the text
+    look_from: int = 6_200  # the step from which that penalty grows, when the model has learned to look
+    look_steps: int = 1_500  # steps until it is fully grown
+    # (step, weight), interpolated linearly. From the first of these steps on, the penalty is on the square root of each
+    # head's attention to the image: a little in many heads costs more than much in few.
     few_look_costs: tuple[tuple[int, float], ...] = (
         (12_700, 0.4),
         (18_122, 0.4),
@@ -220,11 +224,11 @@ class Recipe:
         (39_500, 0.15),
         (39_600, 0.05),
     )
-    query_key_cap: float = 0.09  # largest root mean square of a query or key weight
-    matrix_rate: float = 0.01  # Muon
-    vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases
+    query_key_cap: float = 0.09  # largest root mean square of a query or key matrix
+    matrix_rate: float = 0.01  # learning rate of Muon
+    vector_rate: float = 1e-3  # learning rate of AdamW: embeddings, norms, biases
     weight_decay: float = 0.02
-    # (step, share of the full rates), joined by lines; the last line goes to `last_rate` at the last step.
+    # (step, factor of the learning rates), interpolated linearly, ending with `last_rate` at the last step.
     rates: tuple[tuple[int, float], ...] = (
         (0, 0.01),
         (99, 1.0),
@@ -257,13 +261,13 @@ class Recipe:
     )
     last_rate: float = 0.01
     checkpoint_seconds: float = 120.0
-    probe_every: int = 2_000  # steps between looks at the validation scenes,
-    probe_scenes: int = 120  # at so many of them
-    half: bool = True  # bfloat16 forward and backward, float32 weights
+    probe_every: int = 2_000  # steps between evaluations on validation scenes
+    probe_scenes: int = 120
+    half: bool = True  # mixed precision: bfloat16 passes, float32 weights
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe that a run wrote beside its checkpoint."""
+    """Read the recipe.json of a run."""
     values = json.loads(path.read_text())
     values["model"] = ModelRecipe(**values["model"])
     canvases = (
@@ -273,5 +277,5 @@ def read_recipe(path: Path) -> Recipe:
     stages = [s | {name: tuple(s[name]) for name in ("mix", "styles")} for s in values["stages"]]
     stages = [Stage(**s | {"kinds": tuple(map(tuple, s["kinds"]))}) for s in stages]
     values |= {"canvases": tuple(canvases), "stages": tuple(stages)}
-    lines = {name: tuple(map(tuple, values[name])) for name in ("rates", "few_look_costs")}
-    return Recipe(**values | lines)
+    schedules = {name: tuple(map(tuple, values[name])) for name in ("rates", "few_look_costs")}
+    return Recipe(**values | schedules)

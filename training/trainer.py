@@ -1,7 +1,7 @@
-"""The training loop: data parallel over processes, resumable after any kill, the same at every run.
+"""The training loop: data parallel, resumable and deterministic.
 
-A step's batch and dropout depend on (seed, step, worker) alone, so that a run resumed from its checkpoint
-follows the trajectory it would have had.
+A step's batch and dropout depend on (seed, step, worker) alone, so a run resumed from a checkpoint follows the same
+trajectory as an uninterrupted one.
 """
 
 import json
@@ -20,22 +20,22 @@ from transformers import LlavaForConditionalGeneration
 
 from training.batches import Batch, BatchMaker, normalise
 from training.language import IDS
-from training.loaders import made_ahead
+from training.loaders import prefetch_batches
 from training.model import FastForward, build_model
 from training.optimiser import HalfCopy, Optimiser
 from training.recipe import Recipe, read_recipe
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
-LOOK_EPS = 1e-3  # keeps the slope of the root finite where a head does not look at all
+LOOK_EPS = 1e-3  # keeps the gradient of the square root finite at 0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step tells: both losses, and the shares of answers' first and of all their tokens right."""
+    """Losses and accuracy of a step; the two accuracies are over the first and over all tokens of the answers."""
 
     step: int
-    canvas: int  # image tokens an image, negative for captions alone
+    canvas: int  # image tokens per image, negative for captions alone
     loss: float
     caption_loss: float
     looked: float  # mean attention sum over the image
@@ -44,11 +44,11 @@ class Progress:
 
 
 class Trainer:
-    """Model, optimiser and step counter of one worker; on a GPU of all of them.
+    """Model, optimiser and step counter of one worker. Resumes from the folder's checkpoint, if there is one.
 
     Args:
-        loaders: processes that make the batches ahead of time, each of all the workers' parts; 0 makes this worker's
-            part here, when it is wanted.
+        loaders: processes that prefetch the concatenated batches of all workers, for a GPU; with 0, this worker's own
+            batches are made in this process.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, worker: int = 0, device: str = "cpu", loaders: int = 0):
@@ -67,17 +67,17 @@ class Trainer:
         if self.half:
             self.half.push_weights()
 
-    def follow(self, report: Callable[[Progress], None] | None = None, until: int | None = None) -> "Trainer":
-        """Train up to a step (default: all), writing checkpoints and telling `report` of every step."""
-        saved = time.monotonic()
+    def train(self, report: Callable[[Progress], None] | None = None, until: int | None = None) -> "Trainer":
+        """Train until a step (default: the recipe's last), saving checkpoints and calling `report` after each step."""
+        last_save = time.monotonic()
         until = self.recipe.steps if until is None else until
         for batch in self._batches(until):
             progress = self._train_step(batch.to(self.device))
             if report:
                 report(progress)
-            if self.worker == 0 and time.monotonic() - saved > self.recipe.checkpoint_seconds:
+            if self.worker == 0 and time.monotonic() - last_save > self.recipe.checkpoint_seconds:
                 self.save()
-                saved = time.monotonic()
+                last_save = time.monotonic()
         if self.worker == 0:
             self.save()
         return self
@@ -85,7 +85,7 @@ class Trainer:
     def _batches(self, until: int) -> Iterator[Batch]:
         steps = range(self.step, until)
         if self.loaders:
-            return made_ahead(self.recipe, steps, self.loaders)
+            return prefetch_batches(self.recipe, steps, self.loaders)
         return map(BatchMaker(self.recipe, self.worker).make, steps)
 
     def _train_step(self, batch: Batch) -> Progress:
@@ -96,7 +96,7 @@ class Trainer:
         total.backward()
         if self.half:
             self.half.pull_gradients()
-        self._share_gradients()
+        self._average_gradients()
         self.optimiser.step(self.rate_factor())
         if self.half:
             self.half.push_weights()
@@ -104,14 +104,14 @@ class Trainer:
         return _progress(self.step, batch, (loss, caption, looked.mean()), logits)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Losses of conversations and caption, each head's attention sum over the image, scores of the next tokens."""
+        """The losses of conversations and captions, each head's mean attention sum over the image, and the logits."""
         features, caption = None, torch.zeros((), device=self.device)
         if batch.pixels is not None:
             features = self.forward.image_features(normalise(batch.pixels), batch.cells)
             caption = self.forward.caption_loss(features, batch.words, self.recipe.caption_keep)
         if batch.ids.shape[1] == 0:
-            nothing = torch.zeros(1, device=self.device)
-            return nothing[0], caption, nothing, nothing.expand(*batch.ids.shape, len(IDS))
+            zero = torch.zeros(1, device=self.device)
+            return zero[0], caption, zero, zero.expand(*batch.ids.shape, len(IDS))
         states, looked = self.forward.text_states(
             features, batch.cells, batch.ids, batch.offsets, batch.groups
         )
@@ -120,8 +120,8 @@ class Trainer:
         loss = (losses * batch.weights.flatten()).sum() / batch.weights.sum()
         return loss, caption, looked, logits
 
-    def _share_gradients(self) -> None:
-        """Average the workers' gradients, in one message."""
+    def _average_gradients(self) -> None:
+        """Average the gradients over the workers, with a single all-reduce."""
         if not dist.is_initialized():
             return
         parameters = [p for p in self.optimiser.parameters if p.grad is not None]
@@ -132,9 +132,10 @@ class Trainer:
             parameter.grad = gradient.view_as(parameter)
 
     def _look_cost(self, looked: Tensor) -> Tensor:
-        """What the heads pay for looking: nothing at first, then more and more; in the end, the root of each one's.
+        """The penalty on attention to the image: zero at first, then linear, finally on each head's square root.
 
-        `looked`: each head's mean attention sum over the image. With the root, looking is cheapest in few heads.
+        `looked` is each head's mean attention sum over the image. With the square root, the same total attention costs
+        least if few heads have it.
         """
         recipe = self.recipe
         if self.step >= recipe.few_look_costs[0][0]:
@@ -144,9 +145,9 @@ class Trainer:
         return recipe.look_cost * grown * looked.mean()
 
     def rate_factor(self) -> float:
-        """Share of the full learning rate."""
-        steps, shares = zip(*self.recipe.rates, (self.recipe.steps, self.recipe.last_rate), strict=True)
-        return float(np.interp(self.step, steps, shares))
+        """Factor of the learning rates at the present step."""
+        steps, factors = zip(*self.recipe.rates, (self.recipe.steps, self.recipe.last_rate), strict=True)
+        return float(np.interp(self.step, steps, factors))
 
     def save(self) -> None:
         """Write the checkpoint atomically."""
@@ -169,10 +170,10 @@ class Trainer:
 
 
 def start_from(weights: Path, recipe: Recipe, folder: Path, step: int = 0) -> None:
-    """Write a run's folder whose first checkpoint has known weights, at a step; one that has a checkpoint stays.
+    """Create a run's folder with a first checkpoint of given weights, at `step`, unless it has a checkpoint.
 
     Args:
-        weights: the folder of another run, or of a model as `training.export` writes it.
+        weights: folder of another run, or of a model exported by `training.export`.
     """
     if (folder / CHECKPOINT).exists():
         return
@@ -185,9 +186,9 @@ def start_from(weights: Path, recipe: Recipe, folder: Path, step: int = 0) -> No
 
 
 def mean_weights(folders: list[Path]) -> dict[str, Tensor]:
-    """The mean of the float32 weights of runs or models, by name (model soups, arXiv:2203.05482)."""
-    every = [_weights(folder) for folder in folders]
-    return {name: torch.stack([weights[name].float() for weights in every]).mean(0) for name in every[0]}
+    """The mean weights of runs or exported models, by parameter name (model soups, arXiv:2203.05482)."""
+    models = [_weights(folder) for folder in folders]
+    return {name: torch.stack([weights[name].float() for weights in models]).mean(0) for name in models[0]}
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -197,18 +198,18 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_run(folder: Path) -> tuple[Recipe, LlavaForConditionalGeneration]:
-    """Recipe and model of a run's folder."""
+    """The recipe and the model of a run, from its folder."""
     recipe = read_recipe(folder / "recipe.json")
     return recipe, Trainer(recipe, folder).model.eval()
 
 
 @torch.no_grad()
 def _progress(step: int, batch: Batch, losses: tuple[Tensor, ...], logits: Tensor) -> Progress:
-    right = logits.argmax(-1) == batch.targets
+    correct = logits.argmax(-1) == batch.targets
     answers = batch.weights == 1
     tokens = 0 if batch.cells is None else batch.cells.shape[1]
     values = [loss.item() for loss in losses]
     if batch.ids.shape[1] == 0:
         return Progress(step, -tokens, *values, 0.0, 0.0)
-    shares = (right[part].float().mean().item() for part in (batch.firsts, answers))
-    return Progress(step, tokens, *values, *shares)
+    accuracies = (correct[part].float().mean().item() for part in (batch.firsts, answers))
+    return Progress(step, tokens, *values, *accuracies)

@@ -1,4 +1,4 @@
-"""Data-parallel workers: one process and one thread each, joined by gloo on this machine; or a GPU for all of them."""
+"""Data-parallel training on one machine: CPU workers of one thread each, connected by gloo, or a single GPU."""
 
 import logging
 import os
@@ -16,33 +16,33 @@ from training.trainer import Progress, Trainer
 
 
 def run(recipe: Recipe, folder: Path, device: str = "cpu", loaders: int = 0) -> None:
-    """Train with `recipe.workers` processes, or their parts of a batch on one GPU, until the last step is saved.
+    """Train until the last step: with `recipe.workers` processes, or with their concatenated batches on one GPU.
 
     Args:
-        loaders: processes that draw the scenes for a GPU.
+        loaders: data-loading processes for a GPU.
     """
     if device != "cpu":
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         trainer = Trainer(recipe, folder, device=device, loaders=loaders)
-        trainer.follow(LiveTable(trainer))
+        trainer.train(LiveTable(trainer))
         return
-    with tempfile.TemporaryDirectory() as meeting:
-        arguments = (recipe, folder, f"{meeting}/meet")
+    with tempfile.TemporaryDirectory() as rendezvous:
+        arguments = (recipe, folder, f"{rendezvous}/gloo")
         if recipe.workers == 1:
-            _work(0, *arguments)
+            _run_worker(0, *arguments)
         else:
-            multiprocessing.spawn(_work, arguments, nprocs=recipe.workers)
+            multiprocessing.spawn(_run_worker, arguments, nprocs=recipe.workers)
 
 
-def _work(worker: int, recipe: Recipe, folder: Path, meeting_point: str) -> None:
-    """One worker; worker 0 reports and saves."""
+def _run_worker(worker: int, recipe: Recipe, folder: Path, rendezvous_file: str) -> None:
+    """Run one worker; worker 0 also reports and saves."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if recipe.workers > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
-            "gloo", init_method=f"file://{meeting_point}", rank=worker, world_size=recipe.workers
+            "gloo", init_method=f"file://{rendezvous_file}", rank=worker, world_size=recipe.workers
         )
     trainer, parent = Trainer(recipe, folder, worker), os.getppid()
     table = LiveTable(trainer) if worker == 0 else None
@@ -53,4 +53,4 @@ def _work(worker: int, recipe: Recipe, folder: Path, meeting_point: str) -> None
         if table:
             table(progress)
 
-    trainer.follow(report)
+    trainer.train(report)
