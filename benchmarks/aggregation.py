@@ -73,11 +73,9 @@ class Prompting:
         return ExtraPrompts(self.contrast, heads=tuple(heads)), siblings
 
 
-LAST_TOKEN, LAST_AND_ANSWER, LISTED_SIBLINGS = (
-    Prompting(),
-    Prompting("last_and_answer"),
-    Prompting("last_and_answer", "siblings"),
-)
+LAST_TOKEN = Prompting()
+LAST_AND_ANSWER = Prompting("last_and_answer")
+LISTED_SIBLINGS = Prompting("last_and_answer", "siblings")
 CONSENSUS = {"combine": "consensus"}
 ROWS: dict[str, tuple[Prompting, int, Mapping[str, Any]]] = {
     "sum of three heads, last prompt token": (LAST_TOKEN, 3, {}),

@@ -41,7 +41,7 @@ BoxHits = Callable[[Sequence[lh.Head]], NDArray[np.float64]]
 def measure_heads(
     lvlm: LVLM, samples: Sequence[Sample]
 ) -> tuple[dict[str, NDArray[np.float32]], HeadRanking, BoxHits]:
-    """Every head's scores by labels (sample, layer, head) by name, the label-free ranking, and the hits of heads."""
+    """The heads' scores (sample, layer, head) by each label criterion, the label-free ranking, and the box hits."""
     maps, truths, scores, statistics = [], [], [], []
     for sample in samples:
         image = load_image(sample.image)

@@ -111,11 +111,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder for both arms and their report.json")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--num-samples", type=int, default=500)
-    parser.add_argument(
-        "--only",
-        choices=[*ARMS],
-        help="train this arm only, without evaluating",
-    )
+    parser.add_argument("--only", choices=[*ARMS], help="train this arm only, without evaluating")
     options = parser.parse_args()
     for name in [options.only] if options.only else ARMS:
         folder, settings = options.target / name, {"steps": options.steps, "answer_places": ARMS[name]}

@@ -49,9 +49,7 @@ def main() -> None:
     photograph_entries = [_photograph(number, *row) for number, row in enumerate(PHOTOGRAPHS, start=1)]
     scenes = enumerate(_well_grounded_scenes(), start=len(photograph_entries) + 1)
     scene_entries = [_scene(number, scene, expression) for number, (scene, expression) in scenes]
-    entries = (
-        scene_entries + photograph_entries
-    )  # synthetic scenes, which the model was trained on, come first
+    entries = scene_entries + photograph_entries  # the scenes, which the model is good at, come first
     used = {Path(entry["image_path"]).name for entry in entries}
     for stale in {image.name for image in (FOLDER / "images").iterdir()} - used:
         (FOLDER / "images" / stale).unlink()

@@ -20,9 +20,7 @@ class SceneResult:
     scene: Scene
     expression: Expression
     maps: np.ndarray  # float32 (layer, head, h, w)
-    answer_correct: tuple[
-        bool, ...
-    ]  # each token of the answer given the true ones before it, `</s>` included
+    answer_correct: tuple[bool, ...]  # each answer token given the true ones before it, `</s>` included
 
     @property
     def target(self):

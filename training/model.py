@@ -201,9 +201,8 @@ class FastForward:
         same_conversation = (groups[:, :, None] == groups[:, None]) & causal_mask(groups.shape[1])
         text = functional.pad(same_conversation, (system + num_image, 0), value=True)
         biases = [additive(causal[:, :system, :system]), additive(causal[:, system:]), additive(text)]
-        for bias in biases[
-            1:
-        ]:  # the image tokens kept stand for all of them, so their weights add up to as much
+        # Each image token kept stands for 1 / image_keep of them, so that the image's share of attention stays.
+        for bias in biases[1:]:
             bias[..., system : system + num_image] -= math.log(self.image_keep)
         return biases
 

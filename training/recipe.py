@@ -6,13 +6,8 @@ from pathlib import Path
 
 SPRITES = Path(__file__).parent / "sprites"  # styles for training only, one atlas each
 TRAINING_STYLES = ("noto_v1", "emojione", "fxemoji")
-MORE_STYLES = (
-    *TRAINING_STYLES,
-    "emojione_v1",
-    "fluent_3d",
-    "streamline",
-    "streamline",
-)  # twice: the only one with outlines
+# "streamline" twice: the only one with outlines
+MORE_STYLES = (*TRAINING_STYLES, "emojione_v1", "fluent_3d", "streamline", "streamline")
 LINE_STYLES = (*MORE_STYLES, "lines_a", "lines_b", "contrast", "solid", "glyphs")  # and those of `line_art`
 
 
