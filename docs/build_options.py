@@ -28,36 +28,39 @@ COMMANDS = {
 
 def markdown() -> str:
     """Every option of the finder by group, then the options that only the other programs have."""
-    parts = [_presets(), _table("Options of the run", _single(FinderOptions))]
+    parts = [_presets(), _table("Options of the run", _plain_options(FinderOptions))]
     for name, field in FinderOptions.__pydantic_fields__.items():
         if group := option_group(field):
-            parts.append(_table(f"`{name}`", [(f"{name}.{key}", one) for key, one in _single(group)]))
-    known = option_names("finder")
+            options = [(f"{name}.{key}", option) for key, option in _plain_options(group)]
+            parts.append(_table(f"`{name}`", options))
+    finder_names = option_names("finder")
     for program, kind in PROGRAMS.items():
-        own = [(name, field) for name, field in _single(kind) if name not in known]
-        if own:
-            parts.append(_table(f"`{COMMANDS[program]}` besides", own))
+        additional = [(name, field) for name, field in _plain_options(kind) if name not in finder_names]
+        if additional:
+            parts.append(_table(f"`{COMMANDS[program]}` besides", additional))
     return "\n\n".join(parts) + "\n"
 
 
 def _presets() -> str:
+    """The table of the groups of presets."""
     fields, extra = FinderOptions.__pydantic_fields__, FinderOptions.EXTRA_GROUPS
     rows = []
     for name, default in default_choices("finder").items():
-        sentence = extra[name][1] if name in extra else str(fields[name].description)
-        listed = ", ".join(f"`{choice}`" for choice in choices_of(name))
-        rows.append(f"| `{name}` | `{default}` | {listed} | {sentence} |")
+        description = extra[name][1] if name in extra else str(fields[name].description)
+        choices = ", ".join(f"`{choice}`" for choice in choices_of(name))
+        rows.append(f"| `{name}` | `{default}` | {choices} | {description} |")
     head = "### Presets\n\n| group | default | choices | what it chooses |\n| --- | --- | --- | --- |\n"
     return head + "\n".join(rows)
 
 
-def _single(kind: type[Options]) -> Iterator[tuple[str, FieldInfo]]:
+def _plain_options(kind: type[Options]) -> Iterator[tuple[str, FieldInfo]]:
+    """The names and fields of the options that are not groups."""
     return ((name, field) for name, field in kind.__pydantic_fields__.items() if option_group(field) is None)
 
 
 def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str, FieldInfo]]) -> str:
     rows = [
-        f"| `{name}` | `{format_yaml(field.default)}` | {_takes(field)} | {field.description} |"
+        f"| `{name}` | `{format_yaml(field.default)}` | {_allowed_values(field)} | {field.description} |"
         for name, field in options
     ]
     return (
@@ -66,8 +69,8 @@ def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str
     )
 
 
-def _takes(field: FieldInfo) -> str:
-    """The allowed values, from the hint of the error message."""
+def _allowed_values(field: FieldInfo) -> str:
+    """The allowed values, worded as in the hint of the error message."""
     return re.sub(
         r"^(give|write|choose one of|choose) |, choose one of(?= )", "", describe_requirement(field)
     )
