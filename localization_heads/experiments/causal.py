@@ -155,13 +155,13 @@ def _reading(numbers: Mapping[str, Any]) -> str:
     verdict = (
         "the heads that the criteria find are heads that the answers need"
         if low > 0
-        else "that the answers need the heads of the criteria more than others cannot be told from these entries"
+        else "these entries do not show that the answers need the heads of the criteria more than others"
     )
     return (
         f"As the model is, {percent(numbers['answers'])} % of the answers are right. Without the heads of the "
         f"criteria it is {percent(criteria['answers'])} %, without random heads of the same layers "
         f"{percent(random['answers'])} %, a difference of {percent(excess)} points [{percent(low)}, {percent(high)}]: "
-        f"{verdict}. Grounding with all heads, without any choice, reaches an Acc@0.5 of "
+        f"{verdict}. Grounding with all heads, without selection, reaches an Acc@0.5 of "
         f"{percent(all_heads['acc@0.5'])}, with the heads of the criteria {percent(criteria['acc@0.5'])}, with random "
         f"ones {percent(random['acc@0.5'])}."
     )

@@ -99,7 +99,7 @@ class Study:
 
     @property
     def all_heads(self) -> tuple[Head, ...]:
-        """All heads of the layers that are not excluded: the control without any choice."""
+        """All heads of the layers that are not excluded: the control without selection."""
         layers, heads = self.shape
         exclude = self.options.criteria.exclude_layers
         return tuple(Head(layer, head) for layer in range(exclude, layers) for head in range(heads))

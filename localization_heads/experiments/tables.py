@@ -22,7 +22,7 @@ from localization_heads.experiments.validation import Heads, Recipe, RecipeScore
 from localization_heads.heads.ranking import NONE_KEPT, top_by_paper_criteria
 
 ALL = "all heads"
-"""The control without any choice: the sum of the maps of all heads in the layers that are not excluded."""
+"""The control without selection: the sum of the maps of all heads in the layers that are not excluded."""
 ROBUST = "both and the third"
 """The heads of `criteria=robust`: kept by criterion 1, ranked by how far their maps follow the expression."""
 CRITERIA, SELECTIONS = ("criterion 1", "criterion 2", "both"), ("fixed", "greedy")
@@ -152,8 +152,8 @@ def _head_count_reading(study: Study, scores: Mapping[Any, RecipeScores], ks: li
     comparison = "" if 3 not in ks or best == 3 else f", with k = 3 it is {percent(accuracy[3])}"
     return (
         f"Acc@0.5 is highest with k = {best} ({percent(accuracy[best])}){comparison}; the paper's masks are "
-        f"best with k = 3. The heads, best first: {join_names(study.top(max(ks)))}. All heads added, without any "
-        f"choice, reach {percent(scores[ALL].metrics['acc@0.5'])}."
+        f"best with k = 3. The heads, best first: {join_names(study.top(max(ks)))}. All heads summed, without "
+        f"selection, reach {percent(scores[ALL].metrics['acc@0.5'])}."
     )
 
 
@@ -224,7 +224,7 @@ def _criteria_reading(study: Study, scores: Mapping[Any, RecipeScores]) -> str:
         )
     reading += (
         f"; heads that each expression picks by itself reach {percent(greedy)}. The paper finds both criteria far "
-        "above either, and fixed heads above greedy ones. The maps of all heads, added without any choice, reach "
+        "above either, and fixed heads above greedy ones. The maps of all heads, summed without selection, reach "
         f"{percent(scores[ALL].metrics['acc@0.5'])}."
     )
     if study.sensitivity is not None:

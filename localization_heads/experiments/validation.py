@@ -169,18 +169,20 @@ def _rho_cells(found: tuple[float, float] | None) -> tuple[str, str]:
 def _reading(study: Study, correlations: Mapping[str, tuple[float, float] | None], num_selected: int) -> str:
     correlation, truth = correlations["selected"], "mask" if study.num_masks == len(study) else "mask or box"
     if correlation is None:
-        return f"Only {num_selected} heads are selected often enough: no correlation can be told."
+        return f"Only {num_selected} heads are selected often enough: too few for a correlation."
     rho, p = correlation
     if p >= 0.05:
-        verdict = "so here, unlike in the paper, heads selected more often are not seen to localise better"
+        verdict = (
+            "so here, unlike in the paper, heads that are selected more often do not clearly localise better"
+        )
     elif rho <= 0:
         verdict = "so here, unlike in the paper, heads that are selected more often localise worse"
     elif rho > paper.MIN_RHO:
         verdict = "as in the paper's models, heads that are selected more often localise better"
     else:
-        verdict = "heads that are selected more often localise better, though less strictly than in the paper"
+        verdict = "heads that are selected more often localise better, though less clearly than in the paper"
     reading = (
-        f"Over the {num_selected} heads that are selected often enough, selection frequency, which no label went into, "
+        f"Over the {num_selected} heads that are selected often enough, selection frequency, which uses no labels, "
         f"and the IoU of the head's own map with the true {truth} have Spearman's rho = {two_decimals(rho)} "
         f"({format_p_value(p)}): {verdict} (there rho > {paper.MIN_RHO}, p < 0.001)."
     )
@@ -257,16 +259,16 @@ def paired_difference(found: ArrayLike, random: Sequence[ArrayLike]) -> dict[str
 def _random_reading(result: Mapping[str, Any], num_sets: int) -> str:
     low, high = result["interval"]
     verdict = (
-        "more than luck gives"
+        "larger than chance explains"
         if low > 0
-        else "less than random heads give"
+        else "negative: random heads do better"
         if high < 0
-        else "not to be told from luck with this many expressions"
+        else "not significant with this many expressions"
     )
     return (
         f"The heads found reach an Acc@0.5 of {percent(result['found'])}, random heads of the same layers "
         f"{percent(result['random'])} on average over {num_sets} sets. The difference of "
         f"{percent(result['difference'])} points [{percent(low)}, {percent(high)}] is {verdict}; "
-        f"{result['beaten']} of the {num_sets} sets do worse. All heads, without any choice, reach "
+        f"{result['beaten']} of the {num_sets} sets do worse. All heads, without selection, reach "
         f"{percent(result['all'])}."
     )

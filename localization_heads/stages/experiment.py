@@ -234,7 +234,7 @@ def climb(run: Run) -> Result:
         check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
     rung_run = _rung_run(run)
     if rung.segmenter == "points" and run.options.segmenter.kind not in SAMS:
-        log.warning("rung=points is left out: segmenter=%s cannot be told points", run.options.segmenter.kind)
+        log.warning("rung=points is skipped: segmenter=%s takes no point prompts", run.options.segmenter.kind)
         return Result([], [])
     # Rungs on other data, or on another range of it, are not part of this ladder.
     keys = b"".join(sorted(entries.key(sample) for sample in entries.samples))

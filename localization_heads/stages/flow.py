@@ -97,14 +97,13 @@ def run_over_samples(
                 save(results)
             bar.update(chunk.num_samples)
 
+        windows_open = run.options.show_plot  # they need the main thread
         run_pipelined(
             parts,
             lambda part: prepare_chunk(run, entries, make_chunk(part)),
             attend,
             finish,
-            finish_in_background=not (
-                process_runs_model or run.options.show_plot
-            ),  # windows need the main thread
+            finish_in_background=not (process_runs_model or windows_open),
             num_bytes=_AttendedChunk.num_bytes,
         )
 
