@@ -37,9 +37,9 @@ from localization_heads.options.groups import GroundingOptions
 from localization_heads.stages.run import DemoRun
 
 ABOUT = """# Localization heads
-**{model}**, {layers} layers x {heads} heads. A few of them look at what you name: those framed in the grid.
-Choose an image, type an expression, press Ground (or Shift+Enter). The model runs once for a question; sliders and
-clicks only redo the sum and the box."""
+**{model}**, {layers} layers x {heads} heads. A few of them attend to what you name: those framed in the grid.
+Choose an image, type an expression, press Ground (or Shift+Enter). The model runs once per question; sliders and
+clicks only recompute the sum and the box."""
 THRESHOLDS = {"mean": "mean", "otsu": "Otsu", "top_mass": "share of the attention"}
 
 
@@ -91,7 +91,7 @@ class Page:
     def _question_components(self) -> None:
         image, text = self.examples[0]
         self.image = gr.Image(image, label="Image", elem_id="image", height=330)
-        name = "Expressions, one a line or with ; between"
+        name = "Expressions, one per line or separated by ;"
         self.text = gr.Textbox(text, lines=2, max_lines=6, label=name, elem_id="expression")
         self.button = gr.Button("Ground", variant="primary", elem_id="ground")
         looks: dict[str, Any] = {"columns": 3, "height": 300, "allow_preview": False}
@@ -124,7 +124,7 @@ class Page:
             max(10, self.run.options.k),
             self.run.options.k,
             step=1,
-            label="k: heads that are on",
+            label="k: number of selected heads",
             elem_id="k",
         )
         high, name = max(3, grounding.sigma), "sigma: smoothing, in cells"
@@ -136,24 +136,29 @@ class Page:
             elem_id="binarise",
         )
         self.threshold = gr.Slider(
-            0.05, 0.95, grounding.top_mass, step=0.05, label="that share", elem_id="threshold"
+            0.05,
+            0.95,
+            grounding.top_mass,
+            step=0.05,
+            label="share of the attention to keep",
+            elem_id="threshold",
         )
         self.mask = gr.Radio(
             self.segmenters.names,
             value=self.segmenters.default,
-            label="Mask by (none: the map's own)",
+            label="Segmenter (none: the pseudo-mask)",
             elem_id="mask",
         )
         self.compare = gr.Checkbox(False, label="Compare with a second set of heads", elem_id="compare")
 
     def _grid_components(self) -> None:
-        self.edits = gr.Radio(["A", "B"], value="A", label="Clicks switch heads of set", visible=False)
+        self.edits = gr.Radio(["A", "B"], value="A", label="A click selects heads of set", visible=False)
         self.grid = _image(
-            "**Heads by attention sum.** A click switches one on (framed) or off; a dot: on in set B.",
+            "**Heads by attention sum.** Click a head to select it (framed) or deselect it; dots mark set B.",
             "grid",
             buttons=[],
         )
-        self.heads = gr.Textbox(label="Heads that are on", elem_id="heads", placeholder="L2H0 L3H1")
+        self.heads = gr.Textbox(label="Selected heads", elem_id="heads", placeholder="L2H0 L3H1")
 
     def wire(self, load: Callable[..., Any]) -> None:
         """Connect the components to the actions. `load` is the event of opening the page, which asks the first example.
