@@ -18,8 +18,7 @@ from benchmarks.setting import Setting
 from benchmarks.timing import MIN_ROUNDS
 
 BENCHMARKS: dict[str, ModuleType] = {
-    module.KEY: module
-    for module in (capture, published, sharing, early_exit, entropy, workers, discovery, startup)
+    module.KEY: module for module in (capture, published, sharing, early_exit, entropy, workers, discovery, startup)
 }
 
 

@@ -108,9 +108,7 @@ def attend_scenes(lvlm: LVLM, count: int, style: str | None, height: int | None)
         yield AttendedScene(scene.image, maps, scene.box)
 
 
-def box_ious(
-    scenes: Sequence[AttendedScene], heads: Sequence[Head], options: Mapping[str, Any]
-) -> NDArray[np.float64]:
+def box_ious(scenes: Sequence[AttendedScene], heads: Sequence[Head], options: Mapping[str, Any]) -> NDArray[np.float64]:
     """IoU of each scene's box with the true one."""
     grounding_options = GroundingOptions(**options)
     box_from = grounding_options.box_from

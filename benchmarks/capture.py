@@ -36,9 +36,7 @@ def rows(setting: Setting) -> list[Row]:
     )
     return [
         time,
-        memory_row(
-            KEY, "the same: peak memory over the weights", *map(peak_bytes, variants.values()), goal=1.1
-        ),
+        memory_row(KEY, "the same: peak memory over the weights", *map(peak_bytes, variants.values()), goal=1.1),
     ]
 
 

@@ -35,9 +35,7 @@ ROOT = Path(__file__).parents[1]
 def rows(setting: Setting) -> list[Row]:
     """Measured in a subprocess: memory left behind by other benchmarks would hide what `find` takes."""
     count = 700 if setting.quick else EXPRESSIONS
-    what = (
-        f"find over {count:,} expressions, 1,024 heads, all of them ranked: memory beyond the model / limit"
-    )
+    what = f"find over {count:,} expressions, 1,024 heads, all of them ranked: memory beyond the model / limit"
     if not sys.platform.startswith("linux"):
         return [Row(KEY, what, note="measured on Linux only")]
     with tempfile.TemporaryDirectory() as folder:

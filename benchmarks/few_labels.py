@@ -38,9 +38,7 @@ BoxHits = Callable[[Sequence[lh.Head]], NDArray[np.float64]]
 """Of heads: 1 in each scene where the IoU of their box is 0.5 or more, else 0."""
 
 
-def measure_heads(
-    lvlm: LVLM, samples: Sequence[Sample]
-) -> tuple[dict[str, NDArray[np.float32]], HeadRanking, BoxHits]:
+def measure_heads(lvlm: LVLM, samples: Sequence[Sample]) -> tuple[dict[str, NDArray[np.float32]], HeadRanking, BoxHits]:
     """The heads' scores (sample, layer, head) by each label criterion, the label-free ranking, and the box hits."""
     maps, truths, scores, statistics = [], [], [], []
     for sample in samples:
@@ -103,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for by, values in scores.items():
         for count in (count for count in COUNTS if 2 * count <= len(values)):
             accuracies = [
-                draw_accuracies(values, ranking, box_hits, count, *shrinkage, options.draws)
-                for shrinkage in SHRINKAGES
+                draw_accuracies(values, ranking, box_hits, count, *shrinkage, options.draws) for shrinkage in SHRINKAGES
             ]
             cells = " | ".join(f"{np.mean(draws):.2f} ± {np.std(draws):.2f}" for draws in accuracies)
             print(f"| `{by}` | {count} | {cells} |")  # noqa: T201

@@ -28,11 +28,7 @@ class Shape:
 
     def __str__(self) -> str:
         """The number of layers and, if it is not LLaVA-1.5-7B's, the hidden size."""
-        narrow = (
-            ""
-            if self.hidden == Shape.hidden
-            else f" of {self.hidden:,}, LLaVA-1.5-7B's have {Shape.hidden:,}"
-        )
+        narrow = "" if self.hidden == Shape.hidden else f" of {self.hidden:,}, LLaVA-1.5-7B's have {Shape.hidden:,}"
         return f"{self.layers} layers{narrow}"
 
     @property

@@ -129,13 +129,9 @@ def _capture_cost(part: str, bench: Bench, lvlm: LVLM, image: Image.Image) -> It
     tokens = inputs["input_ids"].shape[1]
     timings = bench.time(capture=lambda: capture_rows(lvlm, inputs), prefill=lambda: prefill(lvlm, inputs))
     what = f"{tokens} tokens, {lvlm.name.partition(', ')[2]}"
-    yield Fact(
-        part, f"capture / plain sdpa prefill, {what}", bench.ratio(timings, "capture", "prefill"), "x", 1.02
-    )
+    yield Fact(part, f"capture / plain sdpa prefill, {what}", bench.ratio(timings, "capture", "prefill"), "x", 1.02)
     yield Fact(part, "prefill", 1e3 * timings.median("prefill"), "ms")
-    capture_peak, prefill_peak = (
-        peak_bytes(lambda run=run: run(lvlm, inputs)) for run in (capture_rows, prefill)
-    )
+    capture_peak, prefill_peak = (peak_bytes(lambda run=run: run(lvlm, inputs)) for run in (capture_rows, prefill))
     if capture_peak and prefill_peak:
         yield Fact(part, "the same: peak memory over the weights", capture_peak / prefill_peak, "x")
 
@@ -156,12 +152,8 @@ def published_way(bench: Bench) -> Iterator[Fact]:
     scale = len(EXPRESSIONS) / (1 if bench.toy else 2)
     for variant, goal in (("apart", 10.0), ("shared", 20.0)):
         value = scale * bench.ratio(timings, "published", variant)
-        yield Fact(
-            "published", f"expressions a second, {variant} / published", value, "x", goal, at_least=True
-        )
-        yield Fact(
-            "published", f"expressions a second, {variant}", len(EXPRESSIONS) / timings.median(variant), "1/s"
-        )
+        yield Fact("published", f"expressions a second, {variant} / published", value, "x", goal, at_least=True)
+        yield Fact("published", f"expressions a second, {variant}", len(EXPRESSIONS) / timings.median(variant), "1/s")
 
 
 def early_exit(bench: Bench) -> Iterator[Fact]:
@@ -192,9 +184,7 @@ def discovery(bench: Bench) -> Iterator[Fact]:
     seconds = perf_counter() - start
     busy = _model_seconds(lvlm, samples)
     yield Fact("find", f"expressions a second, {len(EXPRESSIONS)} an image", len(samples) / seconds, "1/s")
-    yield Fact(
-        "find", "share of that time in which the model is at work", busy / seconds, "", 0.85, at_least=True
-    )
+    yield Fact("find", "share of that time in which the model is at work", busy / seconds, "", 0.85, at_least=True)
 
 
 def _model_seconds(lvlm: LVLM, samples: Sequence[Sample]) -> float:
@@ -250,9 +240,7 @@ def qwen(bench: Bench) -> Iterator[Fact]:
         shared=lambda: lvlm.encode_image(image).attend(EXPRESSIONS),
     )
     for variant in ("apart", "shared"):
-        yield Fact(
-            "qwen", f"expressions a second, {variant}", len(EXPRESSIONS) / timings.median(variant), "1/s"
-        )
+        yield Fact("qwen", f"expressions a second, {variant}", len(EXPRESSIONS) / timings.median(variant), "1/s")
 
 
 def cuda_tests(bench: Bench) -> Iterator[Fact]:
@@ -267,9 +255,7 @@ def cuda_tests(bench: Bench) -> Iterator[Fact]:
     parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *parallel, str(tests)]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tests.parents[1])
-    summary = [
-        line for line in completed.stdout.splitlines() if " passed" in line or line.startswith("FAILED")
-    ]
+    summary = [line for line in completed.stdout.splitlines() if " passed" in line or line.startswith("FAILED")]
     yield Fact("tests", what, float(completed.returncode), "exit status", 0.0, note="; ".join(summary[-3:]))
 
 
@@ -304,9 +290,7 @@ def _write(options: argparse.Namespace, bench: Bench) -> None:
     machine = _machine(bench)
     if options.json:
         rows = [{**asdict(fact), "met": fact.met} for fact in bench.facts]
-        Path(options.json).write_text(
-            json.dumps({**machine, "facts": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+        Path(options.json).write_text(json.dumps({**machine, "facts": rows}, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
         Path(options.markdown).write_text(markdown_table(bench.facts, machine) + "\n", encoding="utf-8")
 
@@ -343,14 +327,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the facts as JSON")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
-    parser.add_argument(
-        "--minutes", type=float, default=10, help="no part begins after 85 %% of this time (10)"
-    )
+    parser.add_argument("--minutes", type=float, default=10, help="no part begins after 85 %% of this time (10)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed, at most (5)")
     parser.add_argument("--toy", action="store_true", help="toy sizes, as a smoke test; also runs on a CPU")
     return parser

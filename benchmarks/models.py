@@ -46,9 +46,7 @@ def sample_image() -> Image.Image:
     return Image.fromarray(noise)
 
 
-def random_llava(
-    shape: Shape, device: torch.device, dtype: torch.dtype, *, distinct: int | None = None
-) -> LVLM:
+def random_llava(shape: Shape, device: torch.device, dtype: torch.dtype, *, distinct: int | None = None) -> LVLM:
     """A LLaVA with random weights, as `load_model` would return it.
 
     Args:

@@ -58,7 +58,5 @@ def published_method(lvlm: LVLM, inputs: dict[str, Any]) -> list[list[torch.Tens
         "pad_token_id": 0,
     }
     with torch.inference_mode(), eager(lvlm):
-        output = lvlm.model.generate(
-            **inputs, **options, output_attentions=True, return_dict_in_generate=True
-        )
+        output = lvlm.model.generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True)
         return [[layer.detach().clone().cpu() for layer in step] for step in output.attentions]

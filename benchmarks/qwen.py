@@ -72,12 +72,8 @@ def random_qwen(shape: QwenShape, device: torch.device, dtype: torch.dtype) -> L
     )
     torch.manual_seed(0)
     with device:
-        model = hf.Qwen3VLForConditionalGeneration._from_config(
-            config, attn_implementation="sdpa", dtype=dtype
-        )
-    images = hf.Qwen2VLImageProcessorPil(
-        patch_size=16, size={"shortest_edge": CELL**2, "longest_edge": 1 << 24}
-    )
+        model = hf.Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    images = hf.Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": CELL**2, "longest_edge": 1 << 24})
     spec = ModelSpec(name=f"random Qwen3-VL, {shape}")
     processor = without_video(hf.Qwen3VLProcessor)(images, tokenizer)
     return LVLM(model.eval().to(device), processor, spec, system="", conv_mode="plain")

@@ -52,9 +52,7 @@ def main(count: int) -> None:
     for style, smallest in SETS.values():
         scenes = list(draw_scenes(count, style, smallest=smallest))
         for row, options in zip(table, ROWS.values(), strict=True):
-            looks = [
-                ground_ious(lvlm, scenes, GroundingOptions(**options), zoom=zoom) for zoom in (False, True)
-            ]
+            looks = [ground_ious(lvlm, scenes, GroundingOptions(**options), zoom=zoom) for zoom in (False, True)]
             row.append(format_cell(*looks))
     caption = (
         f"{count} test scenes a set, {SIZE} pixels wide. Each cell: mean IoU with one look and with two, and how many "

@@ -43,9 +43,7 @@ class Setting:
 
     def time(self, variants: Mapping[str, Callable[[], Any]]) -> Timings:
         """Time the variants and the machine's probe in the same rounds."""
-        return time_settled(
-            {**variants, PROBE: self.machine.probe}, self.rounds, max_seconds=self.max_seconds
-        )
+        return time_settled({**variants, PROBE: self.machine.probe}, self.rounds, max_seconds=self.max_seconds)
 
     @property
     def on_gpu(self) -> bool:

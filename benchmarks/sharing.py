@@ -21,9 +21,7 @@ def rows(setting: Setting) -> list[Row]:
         "shared": lambda: lvlm.encode_image(image).attend(EXPRESSIONS),
         "apart": lambda: [lvlm.attend(image, expression) for expression in EXPRESSIONS],
     }
-    assert_maps_agree(
-        variants["shared"](), variants["apart"](), tolerance=0.05 if setting.machine.width == 2 else 1e-5
-    )
+    assert_maps_agree(variants["shared"](), variants["apart"](), tolerance=0.05 if setting.machine.width == 2 else 1e-5)
     prefix, suffixes = token_counts(lvlm, image)
     return [
         timed_row(
@@ -48,8 +46,6 @@ def assert_maps_agree(shared: list[AttentionMaps], apart: list[AttentionMaps], t
 
 def token_counts(lvlm: LVLM, image: object) -> tuple[int, list[int]]:
     """The length of the prefix that all prompts share, and the length of each prompt's remainder."""
-    prompts = [
-        lvlm.model_inputs([image], [lvlm.prompt(text)])["input_ids"][0].tolist() for text in EXPRESSIONS
-    ]  # type: ignore[list-item]
+    prompts = [lvlm.model_inputs([image], [lvlm.prompt(text)])["input_ids"][0].tolist() for text in EXPRESSIONS]  # type: ignore[list-item]
     prefix = next(i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
     return prefix, [len(prompt) - prefix for prompt in prompts]

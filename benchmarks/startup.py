@@ -22,8 +22,7 @@ def rows(setting: Setting) -> list[Row]:
     variants = {name: lambda c=command: run(c) for name, command in COMMANDS.items()}  # type: ignore[misc]
     timings = setting.time(variants)
     return [
-        limit_row(KEY, f"{name}: whole process / limit", timings.median(name), LIMIT, seconds_text)
-        for name in variants
+        limit_row(KEY, f"{name}: whole process / limit", timings.median(name), LIMIT, seconds_text) for name in variants
     ]
 
 

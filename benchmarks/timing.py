@@ -88,9 +88,7 @@ def time_settled(
     if first.scatter <= MAX_SCATTER:
         return first
     more = time_interleaved(variants, rounds, max_seconds=max_seconds, warm_up=False)
-    return Timings(
-        {name: [*times, *more.seconds[name]] for name, times in first.seconds.items()}, repeated=True
-    )
+    return Timings({name: [*times, *more.seconds[name]] for name, times in first.seconds.items()}, repeated=True)
 
 
 def synchronize() -> None:

@@ -44,9 +44,7 @@ def rows(setting: Setting) -> list[Row]:
 def row(count: int, workers: int, seconds: float, local_seconds: float) -> Row:
     what = f"find of {count} scenes: {workers} ray workers / engine=local, start-up included"
     rates = f"{count / seconds:.1f} a second, locally {count / local_seconds:.1f}"
-    return Row(
-        KEY, what, seconds_text(seconds), seconds_text(local_seconds), seconds / local_seconds, note=rates
-    )
+    return Row(KEY, what, seconds_text(seconds), seconds_text(local_seconds), seconds / local_seconds, note=rates)
 
 
 def seconds_of(*options: str) -> float:

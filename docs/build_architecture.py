@@ -88,11 +88,7 @@ def main() -> None:
 def _with_files(row: re.Match[str]) -> str:
     """The row of a folder with its files, except files that have their own row or whose folder has one."""
     folder = PACKAGE / row[2]
-    paths = [
-        file.relative_to(folder).as_posix()
-        for file in sorted(folder.rglob("*.py"))
-        if file.stem != "__init__"
-    ]
+    paths = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.py")) if file.stem != "__init__"]
     files = [f"`{path}`" for path in paths if not _has_a_row(row[2], path, row.string)]
     return f"{row[1]} {', '.join(files)} |" if files else row[0]
 
@@ -117,16 +113,10 @@ def _draw() -> None:
     plt.close(figure)
 
 
-def _frame(
-    axes: Axes, left: float, bottom: float, width: float, height: float, caption: str, colour: str
-) -> None:
+def _frame(axes: Axes, left: float, bottom: float, width: float, height: float, caption: str, colour: str) -> None:
     style = "round,pad=0,rounding_size=.15"
-    axes.add_patch(
-        FancyBboxPatch((left, bottom), width, height, boxstyle=style, fill=False, ls="--", ec=colour)
-    )
-    axes.text(
-        left + width / 2, bottom + height - 0.14, caption, ha="center", va="top", fontsize=9, style="italic"
-    )
+    axes.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle=style, fill=False, ls="--", ec=colour))
+    axes.text(left + width / 2, bottom + height - 0.14, caption, ha="center", va="top", fontsize=9, style="italic")
 
 
 def _box(axes: Axes, left: float, bottom: float, width: float, name: str, caption: str, colour: str) -> None:
@@ -150,9 +140,7 @@ def _arrow(axes: Axes, start: str, end: str) -> None:
         tail, head = (centre, y0), (centre, y1 + HEIGHT)
     else:
         tail, head = (centre, y0 + HEIGHT), (centre, y1)
-    axes.add_patch(
-        FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=12, color="0.25", shrinkA=1, shrinkB=1)
-    )
+    axes.add_patch(FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=12, color="0.25", shrinkA=1, shrinkB=1))
 
 
 if __name__ == "__main__":

@@ -52,13 +52,8 @@ QUESTIONS = {
         "models have many heads that attend to the image but rest elsewhere."
     ),
     "tab1": "How well do the boxes fit?",
-    "tab2": (
-        "How well do the masks fit? In the sweeps further down, the masks are filled hulls, without a "
-        "segmenter."
-    ),
-    "tab3": (
-        "The metrics of ReasonSeg, computed on the scenes, since the benchmark itself has to be downloaded."
-    ),
+    "tab2": ("How well do the masks fit? In the sweeps further down, the masks are filled hulls, without a segmenter."),
+    "tab3": ("The metrics of ReasonSeg, computed on the scenes, since the benchmark itself has to be downloaded."),
     "tab4": "How many heads should be combined?",
     "tab5": (
         "Is each criterion needed, and should heads be fixed? The paper leaves some details open; here "
@@ -107,9 +102,7 @@ def main() -> None:
 
 def run(name: str, options: tuple[str, ...]) -> None:
     folders = [f"output_dir={WORK / name}", f"scenes.folder={WORK / 'scenes_data'}"]
-    completed = subprocess.run(
-        [sys.executable, PROGRAM, "stage=experiment", *options, *folders], cwd=ROOT, check=False
-    )
+    completed = subprocess.run([sys.executable, PROGRAM, "stage=experiment", *options, *folders], cwd=ROOT, check=False)
     if completed.returncode:
         sys.exit(f"{name}: status {completed.returncode}")
 

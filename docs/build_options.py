@@ -63,17 +63,12 @@ def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str
         f"| `{name}` | `{format_yaml(field.default)}` | {_allowed_values(field)} | {field.description} |"
         for name, field in options
     ]
-    return (
-        f"### {title}\n\n| option | default | takes | what it means |\n| --- | --- | --- | --- |\n"
-        + "\n".join(rows)
-    )
+    return f"### {title}\n\n| option | default | takes | what it means |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
 
 
 def _allowed_values(field: FieldInfo) -> str:
     """The allowed values, worded as in the hint of the error message."""
-    return re.sub(
-        r"^(give|write|choose one of|choose) |, choose one of(?= )", "", describe_requirement(field)
-    )
+    return re.sub(r"^(give|write|choose one of|choose) |, choose one of(?= )", "", describe_requirement(field))
 
 
 if __name__ == "__main__":

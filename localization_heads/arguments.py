@@ -45,9 +45,7 @@ def grounder_of(
         ArgumentError: `lvlm` is not a model, `k` is not a positive integer, or a head does not exist.
     """
     if not hasattr(lvlm, "attend_batch"):
-        raise ArgumentError(
-            f"lvlm: {shown(lvlm)} is no model; lh.load_model loads one from a name or a folder"
-        )
+        raise ArgumentError(f"lvlm: {shown(lvlm)} is no model; lh.load_model loads one from a name or a folder")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ArgumentError(f"k={shown(k)}: the number of heads must be at least 1")
     chosen = tuple(_resolve_heads(lvlm, heads, k))
@@ -79,9 +77,7 @@ def _resolve_heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
     try:
         listed = [_parse_head(head) for head in heads]
     except (TypeError, ValueError):
-        raise ArgumentError(
-            f"heads={shown(heads)}: give a ranking, or a list such as ['L14H24', (14, 13)]"
-        ) from None
+        raise ArgumentError(f"heads={shown(heads)}: give a ranking, or a list such as ['L14H24', (14, 13)]") from None
     if not listed:
         raise ArgumentError("heads=[] names no head; None uses the model's known heads, or each sample's own")
     return listed
@@ -103,9 +99,7 @@ def read_out(options: ReadOut) -> GroundingOptions:
     try:
         if isinstance(options, str):
             if options not in choices_of("grounding"):
-                raise ArgumentError(
-                    f"options={shown(options)}: choose one of {', '.join(choices_of('grounding'))}"
-                )
+                raise ArgumentError(f"options={shown(options)}: choose one of {', '.join(choices_of('grounding'))}")
             return GroundingOptions.of(load_preset("grounding", options))
         return replace(default_grounding(), **options)
     except (TypeError, ValueError) as error:
@@ -119,9 +113,7 @@ def masks(segmenter: Masks) -> Segmenter | None:
     """
     if isinstance(segmenter, str):
         if segmenter not in choices_of("segmenter"):
-            raise ArgumentError(
-                f"segmenter={shown(segmenter)}: choose one of {', '.join(choices_of('segmenter'))}"
-            )
+            raise ArgumentError(f"segmenter={shown(segmenter)}: choose one of {', '.join(choices_of('segmenter'))}")
         segmenter = SegmenterOptions.of(load_preset("segmenter", segmenter))
     if isinstance(segmenter, SegmenterOptions):
         return make_segmenter(segmenter)

@@ -129,9 +129,7 @@ class AttentionMaps:
 
     def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
         """The same maps for the image resized to `(W, H)`."""
-        return replace(
-            self, image_box=rescale_box(self.image_box, self.image_size, image_size), image_size=image_size
-        )
+        return replace(self, image_box=rescale_box(self.image_box, self.image_size, image_size), image_size=image_size)
 
     def check_finite(self) -> None:
         """NotFiniteError if a weight is NaN or infinite, as after an overflow in half precision."""

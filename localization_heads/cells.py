@@ -78,9 +78,7 @@ def upsample(
     if interpolation == "nearest":
         return np.repeat(np.repeat(maps, times, -2), times, -1)
     h, w = maps.shape[-2:]
-    return _interpolate(
-        maps.astype(np.float64), _interpolation(0, h, h, h, times), _interpolation(0, w, w, w, times)
-    )
+    return _interpolate(maps.astype(np.float64), _interpolation(0, h, h, h, times), _interpolation(0, w, w, w, times))
 
 
 def normalised_heatmap(
@@ -108,9 +106,7 @@ def upsample_to_image(
     return heat
 
 
-def mass_inside(
-    mass: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int], box: Box
-) -> float:
+def mass_inside(mass: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int], box: Box) -> float:
     """Share of a map's mass on the image that lies in `box`: `sum m_c |c ∩ box| / sum m_c |c ∩ image|`, 0 to 1.
 
     Of its own box, this is a grounding's score; of the true box, the metric `energy`. Cells that the box or the image's
@@ -203,9 +199,7 @@ def mask_coverage(mask: NDArray[np.bool_], image_box: Box, grid: tuple[int, int]
     column_weights = interval_overlaps(x_edges, np.arange(width + 1.0))  # (w, W)
     row_weights = interval_overlaps(y_edges, np.arange(height + 1.0))  # (h, H)
     areas = np.zeros(grid)
-    for row, weights in enumerate(
-        row_weights
-    ):  # one row of the grid at a time: no float copy of a whole large mask
+    for row, weights in enumerate(row_weights):  # one row of the grid at a time: no float copy of a whole large mask
         pixels = np.flatnonzero(weights)
         areas[row] = column_weights @ (weights[pixels] @ mask[pixels].astype(np.float64))
     return np.asarray(areas / ((x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])))
@@ -266,9 +260,7 @@ def _interpolation(start: float, stop: float, cells: int, pixels: int, parts: in
     return _Interpolation(lower, upper, (position - lower).astype(np.float32), covered)
 
 
-def _interpolate(
-    cells: NDArray[np.floating[Any]], rows: _Interpolation, columns: _Interpolation
-) -> NDArray[Any]:
+def _interpolate(cells: NDArray[np.floating[Any]], rows: _Interpolation, columns: _Interpolation) -> NDArray[Any]:
     """Maps `[..., h, w]` interpolated bilinearly at the crossings of rows and columns: `[..., H, W]`, same dtype."""
     above, below = cells[..., rows.lower, :], cells[..., rows.upper, :]
     lines = above + rows.share[:, None] * (below - above)  # (..., H, w)

@@ -119,9 +119,7 @@ def evaluate(
         check_box_scale(collect_true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
     extra_prompts = grounder.extra_prompts(every_head=controls)
-    for sample, image, image_number, maps in attend_samples(
-        lvlm, samples, not_finite, last_layer, extra_prompts
-    ):
+    for sample, image, image_number, maps in attend_samples(lvlm, samples, not_finite, last_layer, extra_prompts):
         has_single_truth = not sample.absent and len(sample.boxes) < 2
         truth = truth_of(_with_bbox(sample), image.size) if has_single_truth else None
         if sample.bbox is not None and not is_sequence:

@@ -125,9 +125,7 @@ def find_heads(
         ranking = add_sensitivity(ranking, mean_sensitivity(sensitivities, times_drawn.tolist(), shape))
     keys = [sample.image_key for sample in measured]
     if score_by_label is None:
-        return replace(
-            ranking, pictures=_drawn_images(keys, times_drawn), found_with=found_with(lvlm.asked, criteria)
-        )
+        return replace(ranking, pictures=_drawn_images(keys, times_drawn), found_with=found_with(lvlm.asked, criteria))
     recipe = LabelRecipe(by, num_labels, num_trials, seed, shrink, shrink_n0)
     scores = np.stack([sample.label_scores for sample in measured if sample.label_scores is not None])
     labelled = rank_by_labels(scores, ranking, recipe)
@@ -167,9 +165,7 @@ def _label_scorer(lvlm: LVLM, by: HeadsBy) -> LabelScorer | None:
     if by == "criteria":
         return None
     if by != "vrh":
-        return lambda attended: label_scores(attended.maps, truth_of(attended.sample, attended.image.size))[
-            by
-        ]
+        return lambda attended: label_scores(attended.maps, truth_of(attended.sample, attended.image.size))[by]
     reader = with_box_span(lvlm)
 
     def mass_of_written_box(attended: AttendedSample) -> NDArray[np.float32]:
@@ -235,9 +231,7 @@ def _measure_samples(
     def num_bytes(probed: _Probed) -> int:
         return probed.attended.maps.num_bytes
 
-    with closing(
-        attend_samples(lvlm, samples, not_finite, extra_prompts=sensitivity_prompts(criteria))
-    ) as attended:
+    with closing(attend_samples(lvlm, samples, not_finite, extra_prompts=sensitivity_prompts(criteria))) as attended:
         return list(postprocess(map(probe, attended), measure, num_bytes, 2 * BATCH_SIZE))
 
 

@@ -89,9 +89,7 @@ class Grounder:
             every_head: the maps of other heads than `heads` are needed, too.
         """
         asks = self.calibration is not None and self.calibration.needs_model_signals
-        return extra_prompts_for(
-            self.options.contrast, self.heads, self.criteria, signals=asks, every_head=every_head
-        )
+        return extra_prompts_for(self.options.contrast, self.heads, self.criteria, signals=asks, every_head=every_head)
 
     def ground(
         self,
@@ -137,9 +135,7 @@ class Grounder:
             proposed = select_proposals(components[0], masks, self.segmenter.name, self.least_mass)
         covered = np.any([grounding.cells for grounding in proposed], axis=0) if proposed else False
         rest = [component for component in components if not (component.cells & covered).any()]
-        groundings = [
-            self.with_confidence(maps, grounding, box_of_cells(grounding)) for grounding in proposed
-        ]
+        groundings = [self.with_confidence(maps, grounding, box_of_cells(grounding)) for grounding in proposed]
         for component in rest:
             refined = self.refine(component, image, _entry_name(maps))
             groundings.append(self.with_confidence(maps, refined, component.box))
@@ -162,9 +158,7 @@ class Grounder:
         heads = self.heads_of(maps, statistics)
         if self.abstain is not None:
             raise UsageError(f"abstain={self.abstain:g}: no calibration is one of several images in a prompt")
-        of_one_image = replace(
-            self, heads=tuple(heads), calibration=None
-        )  # calibrations are of single images
+        of_one_image = replace(self, heads=tuple(heads), calibration=None)  # calibrations are of single images
         shares = image_shares(maps, heads)
         best = int(np.argmax(shares))
         per_image: list[list[Grounding]] = []
@@ -215,9 +209,7 @@ class Grounder:
         values = signals(maps, grounding, self.options, map_box)
         return apply_abstention(add_confidence(grounding, values, self.calibration), self.abstain)
 
-    def recipe(
-        self, asked: Mapping[str, Any], *, signals: bool = False, zoom: bool = False
-    ) -> dict[str, Any]:
+    def recipe(self, asked: Mapping[str, Any], *, signals: bool = False, zoom: bool = False) -> dict[str, Any]:
         """Everything besides image and expression that the signals of a grounding depend on, as JSON values by name.
 
         Args:

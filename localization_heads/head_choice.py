@@ -71,9 +71,7 @@ def resolve_heads(value: Any, k: int) -> tuple[Head, ...]:
         UsageError: for a file or a name that cannot be used, and for a file or list with fewer than k heads.
     """
     heads = resolve_all_heads(value)
-    is_ranked = isinstance(value, str) and (
-        value.endswith(".json") or value in ready_lists() or is_repository(value)
-    )
+    is_ranked = isinstance(value, str) and (value.endswith(".json") or value in ready_lists() or is_repository(value))
     if is_ranked and len(heads) < k:
         raise UsageError(f"k={k}: {value} lists only {len(heads)} heads")
     return heads[:k] if is_ranked else heads
@@ -134,6 +132,5 @@ def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: 
     for head in heads:
         if not (0 <= head.layer < num_layers and 0 <= head.head < num_heads):
             raise UsageError(
-                f"{option}: there is no {head}; the layers are 0 to {num_layers - 1} "
-                f"and the heads 0 to {num_heads - 1}"
+                f"{option}: there is no {head}; the layers are 0 to {num_layers - 1} and the heads 0 to {num_heads - 1}"
             )

@@ -38,9 +38,7 @@ def load_heads(source: str | Path, *, revision: str | None = None) -> HeadRankin
     return load_ranking(source)
 
 
-def push_heads(
-    ranking: HeadRanking, repository: str, *, private: bool | None = None, token: str | None = None
-) -> str:
+def push_heads(ranking: HeadRanking, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
     """Upload `heads.json` and a model card to a hub repository, which is created if necessary.
 
     Args:
@@ -76,8 +74,7 @@ def card(ranking: HeadRanking, repository: str) -> str:
     """The model card (README.md): the model, how its heads were found, how to load them."""
     base_model = f"base_model: {json.dumps(ranking.model)}\n" if ranking.model.count("/") == 1 else ""
     rows = "".join(
-        f"| {h.layer} | {h.head} | {h.selection_frequency:.3f} | {h.attention_sum:.3f} |\n"
-        for h in ranking.kept[:10]
+        f"| {h.layer} | {h.head} | {h.selection_frequency:.3f} | {h.attention_sum:.3f} |\n" for h in ranking.kept[:10]
     )
     return f"""---
 library_name: localization-heads
@@ -111,9 +108,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            hf_hub_download(
-                repository, FILE, revision=revision, local_files_only=hub_unreachable_reason() is not None
-            )
+            hf_hub_download(repository, FILE, revision=revision, local_files_only=hub_unreachable_reason() is not None)
         )
     except HFValidationError as error:
         raise UsageError(f"heads={repository}: {error}") from None

@@ -112,8 +112,7 @@ class Located(Grounding):
 def to_coco(results: Sequence[Located]) -> dict[str, Any]:
     """Combine results into one COCO data set (`interop.coco`); results of one image share its entry."""
     samples = {
-        str(number): Sample(one.name or one.image, one.expression, id=str(number))
-        for number, one in enumerate(results)
+        str(number): Sample(one.name or one.image, one.expression, id=str(number)) for number, one in enumerate(results)
     }
     predictions = [prediction_of(id, one) for id, one in zip(samples, results, strict=True)]
     return coco.to_coco(predictions, samples)

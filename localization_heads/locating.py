@@ -263,9 +263,7 @@ def ground_all(
         grounder = replace(grounder, least_mass=MIN_INSTANCE_MASS_OF_PLACES)
     elif by == "segmenter":
         if not isinstance(grounder.segmenter, Proposer):
-            raise ArgumentError(
-                "by=segmenter: give a segmenter that can propose objects, such as grabcut or a SAM"
-            )
+            raise ArgumentError("by=segmenter: give a segmenter that can propose objects, such as grabcut or a SAM")
         grounder = replace(grounder, proposes=True)
     warn_of_unknown_words(lvlm, [text])
     (maps,) = lvlm.ask(image, [text], last_layer=grounder.last_layer, extra_prompts=grounder.extra_prompts())

@@ -85,9 +85,7 @@ class Browser:
 
     def settle(self) -> None:
         """Two frames: observers have run and what they changed is drawn."""
-        self.run(
-            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 60))))"
-        )
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 60))))")
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are waited for."""
@@ -105,9 +103,7 @@ class Browser:
 
     def screenshot(self, path: Path, *, whole: bool = False, **options: Any) -> Path:
         if whole:
-            self.screen(
-                self.run("innerWidth"), min(self.run("document.documentElement.scrollHeight"), 16_000)
-            )
+            self.screen(self.run("innerWidth"), min(self.run("document.documentElement.scrollHeight"), 16_000))
             self.settle()
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **options)["data"]))
         return path

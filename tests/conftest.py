@@ -63,18 +63,14 @@ def image() -> Image.Image:
 
 
 @pytest.fixture
-def package_log(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> pytest.LogCaptureFixture:
+def package_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """`caplog` with the package's records, even after a command has stopped them from propagating."""
     monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
     return caplog
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Front]:
     """The commands in an empty folder."""
     yield from fronts(tmp_path, monkeypatch, capsys)
 

@@ -159,9 +159,7 @@ LMMS = pa.schema(
         "file_name:text"
     )
 )
-RICKY = pa.schema(
-    columns("image:image text:text mask:mask image_id:text ann_id:text img_height:int img_width:int")
-)
+RICKY = pa.schema(columns("image:image text:text mask:mask image_id:text ann_id:text img_height:int img_width:int"))
 
 
 def jxu_row(ref: Ref) -> dict[str, Any]:

@@ -111,9 +111,7 @@ def timm_tower(architecture: str, **options: Any) -> dict[str, Any]:
 def sam_tower(side: int, patch: int, **options: Any) -> dict[str, Any]:
     """A tower whose attention is confined to single patches (windows of one), so that footprints stay sharp."""
     windows = {"window_size": 1, "global_attn_indexes": [], "initializer_range": 0.02}
-    return tower(
-        None, side, patch, intermediate_size=None, output_channels=8, mlp_dim=16, **windows, **options
-    )
+    return tower(None, side, patch, intermediate_size=None, output_channels=8, mlp_dim=16, **windows, **options)
 
 
 def square(side: int) -> dict[str, int]:
@@ -466,9 +464,7 @@ RECIPES = {
     "qwen3_5": qwen_like(
         "Qwen3_5",
         16,
-        text(
-            **LINEAR | {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
-        ),
+        text(**LINEAR | {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}),
         "Qwen3VL",
         **QWEN3_TOWER,
     ),
@@ -748,9 +744,7 @@ RECIPES = {
         sound=("Gemma4UnifiedAudioFeatureExtractor", {}),
     ),
     "internvl": internvl_like("InternVL", text("qwen2"), named=INTERNVL_TOKENS | {"video_token": "<video>"}),
-    "qianfan_ocr": internvl_like(
-        "QianfanOCR", text("qwen3", head_dim=16), named=INTERNVL_TOKENS, tokens=["<image>"]
-    ),
+    "qianfan_ocr": internvl_like("QianfanOCR", text("qwen3", head_dim=16), named=INTERNVL_TOKENS, tokens=["<image>"]),
     "aya_vision": Recipe(
         "AyaVision",
         ("GotOcr2", {"size": square(364), "crop_to_patches": True, "max_patches": 6}),
@@ -881,8 +875,7 @@ RECIPES = {
             "frame_end_token_id=<frame_end>",
         ),
         config={
-            "adapter_config": MOLMO_HEADS
-            | {"hidden_size": 16, "text_hidden_size": 32, "vision_feature_layer": [-1]}
+            "adapter_config": MOLMO_HEADS | {"hidden_size": 16, "text_hidden_size": 32, "vision_feature_layer": [-1]}
         },
     ),
     "minicpmv4_6": minicpm_like("MiniCPMV4_6"),

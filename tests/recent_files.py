@@ -17,9 +17,7 @@ REF_L4 = pa.schema(
     )
 )
 GROUNDINGME = pa.schema(
-    columns(
-        "id:text image:image description:text bbox:floats height:int width:int subtask_l1:text subtask_l2:text"
-    )
+    columns("id:text image:image description:text bbox:floats height:int width:int subtask_l1:text subtask_l2:text")
 )
 SCREENSPOT = pa.schema(
     columns("file_name:text bbox:floats instruction:text data_type:text data_source:text image:image")
@@ -145,9 +143,7 @@ def save_finecops(root: Path) -> Path:
         {"id": 13, "image_id": 3, **negative, "negative_type": "object", "negative_cate": "image"},
     ]
     save_json(root / "test_expression_all_coco_format.json", {"images": images, "annotations": annotations})
-    save_json(
-        root / "test_expression_pos_coco_format.json", {"images": images[:1], "annotations": annotations[:1]}
-    )
+    save_json(root / "test_expression_pos_coco_format.json", {"images": images[:1], "annotations": annotations[:1]})
     return root
 
 

@@ -17,9 +17,7 @@ from localization_heads.report.content import Card, HeadFacts, Report, outline, 
 HOSTILE = "</script><script>boom=1</script><img src=x onerror='boom=1'>\" onload=\"boom=1 <!-- \u2028 \ud800 \x00 ]]>"
 
 
-def made_ranking(
-    layers: int = 6, heads: int = 8, exclude: int = 2, seed: int = 0, model: str = "made"
-) -> HeadRanking:
+def made_ranking(layers: int = 6, heads: int = 8, exclude: int = 2, seed: int = 0, model: str = "made") -> HeadRanking:
     """Half of the heads considered are kept, in a random order; every value differs from the next."""
     random = np.random.default_rng(seed)
     sums = random.permutation(layers * heads).reshape(layers, heads) / (layers * heads)
@@ -42,9 +40,7 @@ def made_ranking(
     return HeadRanking(tuple(ranked), tau, 10, 300, 5, options, model, "bootstrap")
 
 
-def made_card(
-    number: int, expression: str = "", *, grid: int = 24, size: tuple[int, int] = (640, 480)
-) -> Card:
+def made_card(number: int, expression: str = "", *, grid: int = 24, size: tuple[int, int] = (640, 480)) -> Card:
     """An image of noise, which compresses worst, with maps of noise, a box, masks and truth."""
     random = np.random.default_rng(number)
     image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))

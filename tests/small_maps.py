@@ -40,9 +40,7 @@ def flood(mask: Any) -> list[list[tuple[int, int]]]:
     return components
 
 
-def small_maps(
-    *grids: ArrayLike, image_box: Any = None, image_size: Any = None, **more: Any
-) -> AttentionMaps:
+def small_maps(*grids: ArrayLike, image_box: Any = None, image_size: Any = None, **more: Any) -> AttentionMaps:
     """The maps of one layer with a head per grid; cells are 10 pixels wide by default."""
     attention = np.array(grids, dtype=np.float32)[None]
     size = image_size or (attention.shape[3] * 10, attention.shape[2] * 10)

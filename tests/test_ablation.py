@@ -53,9 +53,7 @@ def test_random_heads_fall_back_on_the_lowest_listed_ones() -> None:
 CONDITIONS = make_conditions([Head(1, 0)], [Head(1, 1)], [1], draws=2, heads_per_layer=4)
 
 
-def values(
-    before: float, heads: float, random: tuple[float, float], by_sum: float
-) -> dict[str, dict[str, float]]:
+def values(before: float, heads: float, random: tuple[float, float], by_sum: float) -> dict[str, dict[str, float]]:
     found = [("heads-0-0", before), ("heads-1-0", heads), ("attention_sum-1-0", by_sum)]
     found += [(f"random-1-{draw}", value) for draw, value in enumerate(random)]
     return {name: {"answers": value} for name, value in found}
@@ -98,10 +96,7 @@ def test_finding_of_an_ablation() -> None:
     found = ablation_finding(CONDITIONS, [values(1, 0, (1, 1), 1)] * 4, {}, "switched off")
     assert found.numbers["heads"] == [[1, 0]] and found.numbers["measure"] == "answers right"
     assert found.numbers["curves"]["heads"] == [1, 0] and found.numbers["counts"] == [0, 1]
-    assert (
-        "those of the list -100.0 [-100.0, -100.0]; random ones of the same layers 0.0 [0.0, 0.0]"
-        in found.reading
-    )
+    assert "those of the list -100.0 [-100.0, -100.0]; random ones of the same layers 0.0 [0.0, 0.0]" in found.reading
     (table,) = found.tables
     assert table.rows == (("0", "100.0 [100, 100]", "", ""), ("1", "0.0 [0, 0]", *["100.0 [100, 100]"] * 2))
 
@@ -198,9 +193,7 @@ def test_native_boxes_by_hand(front: Front, monkeypatch: pytest.MonkeyPatch) -> 
         def generate(input_ids: Any, attention_mask: Any, pixel_values: Any, **_: Any) -> Any:
             nonlocal text
             written: list[Any] = []
-            hook = output_projection(lvlm, 2).register_forward_pre_hook(
-                lambda _, given: written.append(given[0])
-            )
+            hook = output_projection(lvlm, 2).register_forward_pre_hook(lambda _, given: written.append(given[0]))
             lvlm.model.base_model(input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
             hook.remove()
             is_on = bool(written[-1][..., : written[-1].shape[-1] // lvlm.num_heads].any())
@@ -216,9 +209,7 @@ def test_native_boxes_by_hand(front: Front, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ablate, "generate_box", generate_native_box)
     draw_image(Path("a.png"), size=(96, 96))
     boxes = [[24, 24, 72, 72], [24, 24, 72, 60], [0, 40, 40, 90]]
-    lines = [
-        {"id": f"{n}", "prompt": "the dog", "image_path": "a.png", "bbox": box} for n, box in enumerate(boxes)
-    ]
+    lines = [{"id": f"{n}", "prompt": "the dog", "image_path": "a.png", "bbox": box} for n, box in enumerate(boxes)]
     write_lines(Path("data.jsonl"), lines)
     words = ("data_file=data.jsonl", "ablate.measure=boxes", "model.native_box=paligemma", "ablate.draws=2")
     front.succeed("stage=ablate", "heads=[4-4,2-0]", "ablate.counts=[1,2]", *words)
@@ -268,6 +259,4 @@ def test_entries_without_anything_to_measure(front: Front) -> None:
     Image.new("RGB", (64, 48)).save("a.png")
     write_lines(Path("data.jsonl"), [{"id": "a", "prompt": "the dog", "image_path": "a.png"}])
     for option in ("ablate.steer=false", "ablate.steer=true"):
-        assert "stage=ablate needs entries with" in front.error(
-            "stage=ablate", "data_file=data.jsonl", option
-        )
+        assert "stage=ablate needs entries with" in front.error("stage=ablate", "data_file=data.jsonl", option)

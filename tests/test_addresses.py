@@ -250,9 +250,7 @@ def test_is_public(ip):
     assert is_public(ip) is (ip in PUBLIC)
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "[::1]", "[::ffff:127.0.0.1]"]
-)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "[::1]", "[::ffff:127.0.0.1]"])
 def test_private_address_is_rejected_before_any_request(host, server, requests):
     port = server.rpartition(":")[2]
     with pytest.raises(ImageError, match=r"private network.*unless allow_private_addresses=true"):

@@ -43,9 +43,7 @@ def mean_map(lvlm: LVLM, image: Image.Image, text: str, tokens: Sequence[int], l
 @pytest.mark.parametrize(
     "name", ["internvl", "mllama", "gemma3", "llava_next", "qwen2_vl", "idefics3", "paligemma", "qwen3_vl"]
 )
-def test_maps_equal_eager_attention_without_a_cache(
-    name: str, endless: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maps_equal_eager_attention_without_a_cache(name: str, endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch whose spans lie in different places, one by one, and on a shared encoding."""
     lvlm, image = spanned(tiny(name), "any"), coordinate_image(190, 110)
     endless(lvlm.model)
@@ -69,9 +67,7 @@ def test_a_span_is_a_part_of_the_answer(lvlm: LVLM) -> None:
         assert maps.answer_text == "duck, taco, tree"
     mean = variant(lvlm, query_token="answer_mean", answer_tokens=8)
     np.testing.assert_allclose(maps.attention, mean.attend(image, LIST).attention, **SAME)
-    with pytest.raises(
-        UsageError, match="answer_span='cat': the answer is 'duck, taco, tree', which does not"
-    ):
+    with pytest.raises(UsageError, match="answer_span='cat': the answer is 'duck, taco, tree', which does not"):
         spanned(lvlm, "cat").attend(image, LIST)
 
 
@@ -107,9 +103,7 @@ def test_tokens_that_spell_numbers() -> None:
     assert tokens_of_match(answer, r"(7)") == []
 
 
-def test_a_different_answer_the_second_time_is_an_error(
-    image: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_different_answer_the_second_time_is_an_error(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm = spanned(endless_lvlm("last"), "any")
 
     def other(self: LVLM, _answer: Any, _text: str) -> list[int]:

@@ -74,9 +74,7 @@ GEMMA2 = {"head_dim": 8, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 2
 
 
 @pytest.mark.parametrize("options", [{"text": "mistral"}, {"text": "gemma2", **GEMMA2}])
-def test_rows_equal_eager_attention_with_a_sliding_window(
-    image: Image.Image, options: dict[str, Any]
-) -> None:
+def test_rows_equal_eager_attention_with_a_sliding_window(image: Image.Image, options: dict[str, Any]) -> None:
     """The window is shorter than the prompt, and moves on with the answer."""
     lvlm = endless_lvlm("last_and_answer", sliding_window=24, **options)
     for text in EXPRESSIONS:

@@ -35,9 +35,7 @@ def test_the_streamed_pieces_make_up_the_answer(chatting: LVLM, image: Image.Ima
     inputs = chatting.model_inputs([image], [prompt])
     with torch.inference_mode():
         ids = chatting.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
-    answer = chatting.processor.tokenizer.decode(
-        ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answer = chatting.processor.tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert "".join(stream(chatting, image, prompt, 12)) == answer
 
 

@@ -161,9 +161,7 @@ def octopus_samples() -> list[Sample]:
     return [replace(samples[0], bbox=None, mask=mask), *samples[1:]]
 
 
-def test_an_image_is_encoded_once_for_consecutive_samples(
-    lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_is_encoded_once_for_consecutive_samples(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[Any] = []
 
     class Counted(EncodedImage):
@@ -184,9 +182,7 @@ def test_an_image_is_encoded_once_for_consecutive_samples(
         assert scored.scores["heads"][0].iou == pytest.approx(expected.scores["heads"][0].iou, abs=1e-4)
     ranking = lh.find_heads(lvlm, samples, top_n=3)
     assert len(encoded) == 3 and ranking.num_samples == 3
-    *sums, mean_sums = (
-        {head.address: head.attention_sum for head in one.heads} for one in (*rankings, ranking)
-    )
+    *sums, mean_sums = ({head.address: head.attention_sum for head in one.heads} for one in (*rankings, ranking))
     kept_by_all = set.intersection(*(set(one) for one in sums)) & set(mean_sums)
     for address in kept_by_all:
         assert mean_sums[address] == pytest.approx(np.mean([one[address] for one in sums]), abs=1e-5)
@@ -241,9 +237,7 @@ def test_boxes_that_are_not_in_pixels_are_refused(lvlm: LVLM, kind: Any) -> None
         ("the octopus: the mask is 2 x 2 pixels", {"mask": np.ones((2, 2), bool)}),
     ],
 )
-def test_a_sample_with_unusable_ground_truth_is_refused(
-    message: str, changes: dict[str, Any], lvlm: LVLM
-) -> None:
+def test_a_sample_with_unusable_ground_truth_is_refused(message: str, changes: dict[str, Any], lvlm: LVLM) -> None:
     with pytest.raises(UsageError, match=message):
         lh.evaluate(lvlm, [replace(octopus_samples()[1], **changes)], HEADS)
 
@@ -291,9 +285,7 @@ reveal_type(lh.evaluate(lvlm, samples).samples[0].scores["heads"][0].iou)
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_user_scripts_are_type_checked(tmp_path: Path) -> None:
     """A correct script passes `mypy --strict` with the right types; each of three wrong lines is an error."""
-    wrong = (
-        SCRIPT + 'lh.ground(lvlm, "cat.png", 3)\nlh.evaluate(lvlm, samples, bootstrap="word")\nresult.bax\n'
-    )
+    wrong = SCRIPT + 'lh.ground(lvlm, "cat.png", 3)\nlh.evaluate(lvlm, samples, bootstrap="word")\nresult.bax\n'
     first, last = SCRIPT.count("\n") + 1, wrong.count("\n")
     for name, text in (("right.py", SCRIPT), ("wrong.py", wrong)):
         (tmp_path / name).write_text(text)

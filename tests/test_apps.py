@@ -39,9 +39,7 @@ def front(front: Front) -> Front:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         maps = AttentionMaps(
-            attention=rng.dirichlet(np.full(36, 0.2), (LAYERS, HEADS))
-            .astype("f4")
-            .reshape(LAYERS, HEADS, 6, 6),
+            attention=rng.dirichlet(np.full(36, 0.2), (LAYERS, HEADS)).astype("f4").reshape(LAYERS, HEADS, 6, 6),
             image_box=(0.0, -8.0, 64.0, 56.0),
             image_size=(64, 48),
             image_file="cat.png",
@@ -162,9 +160,7 @@ def test_batch_draws_every_entry(stubbed: Front) -> None:
     assert result.status == 1
     assert {"first_visualization.png", "b_visualization_L2H3.png", "b_components_L2H3.png"} <= figures_in()
     report = result.out[result.out.index("Entries that failed") :]
-    lines = [
-        int(row.split()[1]) for row in report.splitlines() if row[:1] == "│" and row.split()[1].isdecimal()
-    ]
+    lines = [int(row.split()[1]) for row in report.splitlines() if row[:1] == "│" and row.split()[1].isdecimal()]
     assert lines == [3, 4, 5, 6, 7, 8]
     assert visualize_batch(stubbed, entries, "process_all=false", "end_index=2").status == 0
 
@@ -333,9 +329,7 @@ def test_ground_uses_the_prompt_that_the_heads_were_found_with(
     assert conv_modes == ["plain" if conv_mode == "plain" else "referseg"]
 
 
-def test_another_image_starts_a_new_conversation(
-    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_image_starts_a_new_conversation(talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     """After `/image`, the prompt contains no earlier turns."""
     prompts: list[tuple[tuple[int, int] | None, str]] = []
 
@@ -449,9 +443,7 @@ def test_no_failure_ends_the_conversation(
     assert "/exit" in result.out
 
 
-def test_control_sequences_are_not_printed(
-    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_sequences_are_not_printed(talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if they are generated in pieces. Line breaks of an answer are kept."""
 
     def answer(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
@@ -501,9 +493,7 @@ def test_file_and_head_of_a_missing_model_are_replaced_with_a_note(stubbed: Fron
     folder = Path("outputs/localization_heads/tiny/attention")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "x.pkl").write_bytes(Path("a.pkl").read_bytes())
-    result = stubbed.visualize(
-        "attention_file=outputs/localization_heads/llava/attention/x.pkl", "layer=20", "head=50"
-    )
+    result = stubbed.visualize("attention_file=outputs/localization_heads/llava/attention/x.pkl", "layer=20", "head=50")
     assert result.status == 0, result.err
     assert f"has no L20H50: showing L{LAYERS - 1}H{HEADS - 1}" in " ".join(result.err.split())
     assert figures_in(folder) == {f"x_visualization_L{LAYERS - 1}H{HEADS - 1}.png"}
@@ -533,9 +523,7 @@ def read_typed(text: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
         return read()
 
 
-def test_a_terminal_supports_editing_ctrl_c_and_ctrl_d(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_terminal_supports_editing_ctrl_c_and_ctrl_d(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with keyboard(monkeypatch, tmp_path) as (keys, read):
         keys.send_text("hello\nhex\x7fy\n")
         assert [read(), read()] == ["hello", "hey"]

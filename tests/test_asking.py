@@ -218,9 +218,7 @@ def test_signals_equal_those_of_whole_forward_passes(lvlm: LVLM, scenes: Scenes)
     logprobs = torch.log_softmax(logits, -1)
     own = tokenizer(f"{text}.", add_special_tokens=False)["input_ids"]
     assert ids[-len(own) :] == own and len(own) > 2
-    expression_logprob = sum(
-        float(logprobs[-1 - n, ids[-n]]) for n in range(1, len(own))
-    )  # without the first
+    expression_logprob = sum(float(logprobs[-1 - n, ids[-n]]) for n in range(1, len(own)))  # without the first
     presence, statement = (forward(question)[1][-1] for question in (f"is there {text}?", f"is {text}?"))
     for maps in (found, alone):
         assert maps.answer_logprob == pytest.approx(float(logprobs[-1].max()), abs=1e-5)

@@ -133,9 +133,7 @@ def test_timings_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [([1.0] * 4, 3), ([1.0, 1.0, 1.3, 1.3, 1.0, 1.0, 1.0], 6)])
-def test_rounds_that_scatter_are_repeated(
-    seconds: list[float], rounds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounds_that_scatter_are_repeated(seconds: list[float], rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, without a second warm-up; the first value is the warm-up's."""
     clock, waits = [0.0], iter(seconds)
     monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
@@ -175,9 +173,7 @@ def test_peak_memory_counts_what_is_freed_before_the_end() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_command_is_profiled(tmp_path: Path) -> None:
     """A script that prints, shows a bar and allocates 64 MB; then one that fails."""
-    script = (
-        "import time; print(1, flush=True); time.sleep(.3); print('BAR', flush=True); x = b'1' * 64000000"
-    )
+    script = "import time; print(1, flush=True); time.sleep(.3); print('BAR', flush=True); x = b'1' * 64000000"
     script += "; time.sleep(.3)"
     seen = loading.profile_command([sys.executable, "-S", "-c", script], tmp_path, bar="BAR")
     assert seen.first_line and seen.bar
@@ -232,9 +228,7 @@ def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     rows = [SimpleNamespace(**row) for row in written["rows"]]
     assert sorted({row.key for row in rows}) == list("abcdefgh")
     for row in rows:
-        assert (row.ratio is not None and row.ratio > 0) or row.note.startswith(
-            ("skipped", "not measured", "measured")
-        )
+        assert (row.ratio is not None and row.ratio > 0) or row.note.startswith(("skipped", "not measured", "measured"))
         assert (row.floor is None) == (row.share is None)
     (memory,) = (row for row in rows if row.key == "g")
     if memory.ratio is not None:
@@ -338,10 +332,7 @@ def test_gpu_script_runs_at_toy_size_without_optional_packages(tmp_path: Path) -
 
 def test_goal_is_an_upper_or_a_lower_limit() -> None:
     assert Fact("a", "b", 1.02, goal=1.02).met and not Fact("a", "b", 1.03, goal=1.02).met
-    assert (
-        Fact("a", "b", 20.0, goal=20, at_least=True).met
-        and not Fact("a", "b", 19, goal=20, at_least=True).met
-    )
+    assert Fact("a", "b", 20.0, goal=20, at_least=True).met and not Fact("a", "b", 19, goal=20, at_least=True).met
     assert Fact("a", "b", 1.0).met is None and Fact("a", "b", None, goal=1).met is None
     assert "| a | b | 19 1/s | >= 20 MISSED |" in markdown_table(
         [Fact("a", "b", 19, "1/s", 20, at_least=True)], {"device": "none"}
@@ -358,9 +349,7 @@ def test_few_labels_prints_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     few_labels.main(["--scenes", "4", "--draws", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("without labels: ") and lines[2].startswith(
-        "| heads_by | labels | shrink=none |"
-    )
+    assert lines[0].startswith("without labels: ") and lines[2].startswith("| heads_by | labels | shrink=none |")
     assert [line.split("|")[1:3] for line in lines[4:]] == [
         [f" `{by}` ", f" {count} "] for by in ("mass", "iou", "pointing") for count in (1, 2)
     ]
@@ -377,9 +366,7 @@ def test_tables_of_read_outs_agree_where_they_overlap(
 ) -> None:
     """The same read-out on the same scenes has the same mean IoU in every table."""
     more_heads = (Head(5, 7), Head(5, 0), Head(5, 1), Head(2, 6))
-    monkeypatch.setattr(
-        aggregation, "rank_heads_without_labels", lambda lvlm: (*lvlm.known_heads, *more_heads)
-    )
+    monkeypatch.setattr(aggregation, "rank_heads_without_labels", lambda lvlm: (*lvlm.known_heads, *more_heads))
     for module in (boxes, aggregation, second_look):
         monkeypatch.setattr(module, "SETS", dict(list(module.SETS.items())[:1]))
     tables = []

@@ -67,9 +67,7 @@ class TestTopMass:
         values[:7] += 1e-3
         assert (values > top_mass(values, values[:7].sum() / values.sum())).sum() == 7
 
-    @given(
-        hnp.arrays(np.int64, st.integers(1, 8), elements=st.integers(0, 20), unique=True), st.integers(1, 10)
-    )
+    @given(hnp.arrays(np.int64, st.integers(1, 8), elements=st.integers(0, 20), unique=True), st.integers(1, 10))
     def test_no_smaller_set_holds_as_much(self, values, tenths):
         if values.sum() == 0:
             return
@@ -123,9 +121,7 @@ class TestThreshold:
         assert threshold(grid, GroundingOptions(), visible) == pytest.approx(133 / 6)
         assert threshold(grid, GroundingOptions(mean_of="image"), visible) == pytest.approx(13 / 3)
 
-    @pytest.mark.parametrize(
-        ("means", "large", "expected"), [(1.3, None, 3.9), (1.3, 0.7, 2.8), (1.0, 1.0, 3.0)]
-    )
+    @pytest.mark.parametrize(("means", "large", "expected"), [(1.3, None, 3.9), (1.3, 0.7, 2.8), (1.0, 1.0, 3.0)])
     def test_large_lowers_the_threshold_of_large_objects(self, means, large, expected):
         """Mean 3, sum of squares over sum: 48 / 12 = 4."""
         options = GroundingOptions(means=means, large=large)
@@ -144,9 +140,7 @@ class TestUpsample:
     def test_agrees_with_torch(self, times):
         torch = pytest.importorskip("torch")
         maps = np.random.default_rng(0).random((2, 3, 5))
-        theirs = torch.nn.functional.interpolate(
-            torch.from_numpy(maps)[None], scale_factor=times, mode="bilinear"
-        )
+        theirs = torch.nn.functional.interpolate(torch.from_numpy(maps)[None], scale_factor=times, mode="bilinear")
         assert upsample(maps, times, "bilinear") == pytest.approx(theirs[0].numpy(), abs=1e-6)
 
     def test_a_box_may_end_inside_a_cell(self):

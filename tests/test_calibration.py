@@ -71,9 +71,7 @@ def test_signals_of_answers_and_other_expressions_by_hand():
     assert found["gain"] == pytest.approx(1 - (0 + 0.5) / 2)
     assert found["divergence"] == pytest.approx(1 - (0 + math.sqrt(0.5)) / 2)
     assert found["mask"] == 0.5 and "question" not in found
-    asked = replace(
-        seen, presence_logit=-2.5, statement_logit=1.5, answer_logprob=-0.25, expression_logprob=-3.0
-    )
+    asked = replace(seen, presence_logit=-2.5, statement_logit=1.5, answer_logprob=-0.25, expression_logprob=-3.0)
     found = signals(asked, box, PLAIN)
     assert [found[name] for name in MODEL_SIGNALS] == [-2.5, 1.5, -0.25, -3.0] and "mask" not in found
     mask_box = replace(box, box=(20, 0, 40, 10))  # not the map's own, in which the gain is measured
@@ -96,9 +94,7 @@ def test_a_map_without_attention_has_signals():
 
 
 RECIPE = {"model": "embedded", "heads": [[0, 0]], "grounding": {"sigma": 0.5}}
-CALIBRATION = Calibration(
-    RECIPE, Logistic(-1.0, {"mass": 2.0}), Logistic(0.0, {"mass": 1.0}), 40, {"auroc": 0.9}
-)
+CALIBRATION = Calibration(RECIPE, Logistic(-1.0, {"mass": 2.0}), Logistic(0.0, {"mass": 1.0}), 40, {"auroc": 0.9})
 
 
 def test_probabilities_by_hand():

@@ -25,9 +25,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 def inputs_of(image: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     processor = llava_processor()
     return dict(
-        processor(
-            images=[image] * len(texts), text=texts, return_tensors="pt", padding=True, padding_side="left"
-        )
+        processor(images=[image] * len(texts), text=texts, return_tensors="pt", padding=True, padding_side="left")
     )
 
 
@@ -272,9 +270,7 @@ def test_each_layer_is_captured_on_its_own_device() -> None:
             assert {tuple(row.cpu().shape) for row in recorder.rows.values()} == {(2, heads, 9)}
         kept = [torch.zeros(1, shared, 9, width // heads, device=at) for at in places.values()]
         prefix = Prefix(list(range(9)), [GrowingLayer(one, one) for one in kept], 3, can_be_cut=True)
-        with capture(
-            modules, query=weighted._replace(positions=torch.tensor([[1, 2], [2, 2]]), past=7)
-        ) as recorder:
+        with capture(modules, query=weighted._replace(positions=torch.tensor([[1, 2], [2, 2]]), past=7)) as recorder:
             run(2, 3, past_key_values=prefix.cache(2, 7), use_cache=True)
         assert devices(recorder.rows) == places
         with capture(modules, query=Query(past=7, answer_tokens=2), num_tokens=10) as recorder:

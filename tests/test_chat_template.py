@@ -71,9 +71,7 @@ def test_the_default_of_several_templates_is_used() -> None:
         ("{{" + "(" * 5000, "recursion"),
     ],
 )
-def test_bad_templates_are_one_line_errors(
-    template: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_templates_are_one_line_errors(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In time, and without effect on the next template."""
     PROCESS.render("ready", TURN, {})
     monkeypatch.setattr(chat_template, "TIMEOUT", 0.3)

@@ -125,9 +125,7 @@ def test_folders_in_the_original_llava_format_are_refused(folder: Path) -> None:
 def test_absurd_sizes_are_refused_before_the_model_is_built(
     part: str, changes: dict[str, int], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "localization_heads.lvlm.checkpoints.loading._load_weights", lambda *_: pytest.fail("built")
-    )
+    monkeypatch.setattr("localization_heads.lvlm.checkpoints.loading._load_weights", lambda *_: pytest.fail("built"))
     edit(folder / "config.json", lambda config: config[part].update(changes))
     assert message in error_of(folder)
 

@@ -287,9 +287,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
     return asked
 
 
-def test_an_interrupted_run_resumes_with_the_same_results(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_with_the_same_results(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (*CLIP, *ASKED, "frames_per_prompt=2")
     front.succeed(*options)
     whole = (out() / "predictions.jsonl").read_bytes()

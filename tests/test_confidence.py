@@ -20,9 +20,7 @@ from localization_heads.evaluation.confidence import (
     with_bootstrap_interval,
 )
 
-answer_lists = st.lists(
-    st.tuples(st.integers(0, 10).map(lambda n: n / 10), st.booleans()), min_size=1, max_size=12
-)
+answer_lists = st.lists(st.tuples(st.integers(0, 10).map(lambda n: n / 10), st.booleans()), min_size=1, max_size=12)
 
 
 @given(answer_lists)

@@ -36,9 +36,7 @@ def random_maps(seed: int = 0, shape: tuple[int, int, int, int] = (4, 6, 5, 7)) 
 
 class TestRandomHeads:
     @given(st.integers(1, 4), st.integers(1, 6), st.data())
-    def test_each_drawn_head_replaces_one_of_its_layer(
-        self, layers: int, width: int, data: st.DataObject
-    ) -> None:
+    def test_each_drawn_head_replaces_one_of_its_layer(self, layers: int, width: int, data: st.DataObject) -> None:
         """A given head is drawn only if its layer has too few others."""
         every = [Head(layer, head) for layer in range(layers) for head in range(width)]
         heads = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
@@ -137,9 +135,7 @@ class TestOracle:
         mask = np.zeros((6, 8), bool)
         mask[y0:y1, x0:x1] = True
         frame = (-1.0, -0.5, 8.3, 7.0)
-        assert box_coverage((x0, y0, x1, y1), frame, (4, 3)) == pytest.approx(
-            mask_coverage(mask, frame, (4, 3))
-        )
+        assert box_coverage((x0, y0, x1, y1), frame, (4, 3)) == pytest.approx(mask_coverage(mask, frame, (4, 3)))
 
     def test_uses_the_mask_or_else_the_box(self) -> None:
         maps = random_maps()

@@ -34,9 +34,7 @@ LN2 = math.log(2)
 SHARE = 7.6 / 11.2
 
 
-JUNE, AUGUST = (
-    CriteriaOptions.of(load_preset("criteria", name)) for name in ("published", "published_august")
-)
+JUNE, AUGUST = (CriteriaOptions.of(load_preset("criteria", name)) for name in ("published", "published_august"))
 
 
 def obvious_entropy(grid, weight="area", threshold=None, means=1):
@@ -157,9 +155,7 @@ class TestKeepHeads:
             ([[0.9, 0.9], [0.0, 0.1], [0.2, 1.0]], 2, 0, [[False, False], [False, False], [True, True]]),
         ],
     )
-    def test_index_variant_keeps_heads_from_the_elbow_of_all_heads_on(
-        self, sums, exclude_layers, elbow_at, kept
-    ):
+    def test_index_variant_keeps_heads_from_the_elbow_of_all_heads_on(self, sums, exclude_layers, elbow_at, kept):
         options = CriteriaOptions(elbow="index", exclude_layers=exclude_layers)
         assert head_at_elbow(np.array(sums)) == elbow_at
         assert keep_heads(np.array(sums), options).tolist() == kept
@@ -226,9 +222,7 @@ class TestComponents:
         neighbours = np.zeros((3, 3, 3), dtype=bool)
         neighbours[1] = True
         for seed, shape in enumerate([(50, 24, 24), (30, 7, 1), (30, 1, 9), (9, 33, 40)]):
-            masks = (
-                np.random.default_rng(seed).random(shape) < np.linspace(0.05, 0.95, shape[0])[:, None, None]
-            )
+            masks = np.random.default_rng(seed).random(shape) < np.linspace(0.05, 0.95, shape[0])[:, None, None]
             assert (label_components(masks) == ndimage.label(masks, neighbours)[0]).all()
 
     def test_an_empty_stack(self):
@@ -484,9 +478,7 @@ class TestPublishedCode:
         attention = built(layers, heads, 3, {**special, (0, 0): "one", (1, 1): "one"})
         found = head_statistics(attention, JUNE)
         assert head_at_elbow(found.attention_sum) == at
-        assert np.flatnonzero(keep_heads(found.attention_sum, JUNE)).tolist() == list(
-            range(at, layers * heads)
-        )
+        assert np.flatnonzero(keep_heads(found.attention_sum, JUNE)).tolist() == list(range(at, layers * heads))
         assert greedy_heads(found, JUNE, 5) == best
         # Shares of the whole excess: 7/16, 3/16 and 3/16 of 13/16.
         three = -(7 / 13 * math.log(7 / 13) + 6 / 13 * math.log(3 / 13))
@@ -558,9 +550,9 @@ class TestPublishedCode:
 
         tau, entropies, best = obvious_august(attention)
         august = head_statistics(attention, AUGUST)
-        assert attention_sum_threshold(
-            august.attention_sum, CriteriaOptions(elbow_heads="all")
-        ) == pytest.approx(tau, rel=1e-6)
+        assert attention_sum_threshold(august.attention_sum, CriteriaOptions(elbow_heads="all")) == pytest.approx(
+            tau, rel=1e-6
+        )
         np.testing.assert_allclose(august.spatial_entropy.ravel(), entropies, rtol=1e-5, atol=1e-7)
         assert greedy_heads(august, AUGUST, 5) == best
 

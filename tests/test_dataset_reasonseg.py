@@ -243,9 +243,7 @@ def test_invalid_row_loses_only_itself(tmp_path, change):
     assert isinstance(first, BadRecord) and isinstance(second, Record)
 
 
-@pytest.mark.parametrize(
-    "change", [{"img_height": 10**9}, {"img_width": 0}, {"img_width": None}, {"text": " "}]
-)
+@pytest.mark.parametrize("change", [{"img_height": 10**9}, {"img_width": 0}, {"img_width": None}, {"text": " "}])
 def test_row_with_an_invalid_size_or_text_is_not_indexed(tmp_path, change):
     good = ricky_row("a", "x", np.ones((4, 4), bool))
     save_rows(tmp_path / "test.parquet", [{**good, **change}, good], RICKY)

@@ -89,9 +89,7 @@ def test_grefcoco_has_zero_one_or_several_targets(tmp_path):
     expected = read_mask(first.mask, both.size) | read_mask(second.mask, both.size)
     assert (read_mask(both.mask, both.size) == expected).all() and expected.any()
     assert none.absent and not none.boxes and first.mask and not first.absent
-    assert {bad.id for bad in index.failures_of("val")} == {"ref1_sent11", ""} and len(
-        index.failures_of("testA")
-    ) == 0
+    assert {bad.id for bad in index.failures_of("val")} == {"ref1_sent11", ""} and len(index.failures_of("testA")) == 0
 
 
 @pytest.mark.parametrize("ann_id", [None, "7", [], [-1, 7], [7, -1], -2, [True], 1.5, [[7]]])
@@ -236,9 +234,7 @@ def test_prepare_writes_each_benchmark(front, dataset):
 def test_evaluate_uses_the_protocol_of_the_file(front):
     """gRefCOCO, with one, several and no targets."""
     save_grefcoco(Path("data"))
-    front.finder(
-        "stage=prepare", "dataset=grefcoco", "dataset_path=data", "images=data/train2014", "split=val"
-    )
+    front.finder("stage=prepare", "dataset=grefcoco", "dataset_path=data", "images=data/train2014", "split=val")
     data = "data_file=outputs/datasets/grefcoco-val.jsonl"
     result = front.finder("stage=evaluate", data, "controls=false", "report=false", "visualize_batch=false")
     metrics = front.json("metrics.json")

@@ -296,9 +296,7 @@ def test_refs_bomb_is_rejected(tmp_path, images):
         opened(tmp_path, images)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"images": 1}', '{"images": [], "annotations": NaN}', "[" * 10**5]
-)
+@pytest.mark.parametrize("content", ["", "[]", '{"images": 1}', '{"images": [], "annotations": NaN}', "[" * 10**5])
 def test_invalid_instances_are_rejected(tmp_path, images, content):
     save_refer(tmp_path, world())
     (tmp_path / "instances.json").write_text(content)
@@ -458,9 +456,7 @@ def test_page_with_a_false_size_is_rejected(lie, message, tmp_path):
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
 def test_page_sizes_cover_every_page(version, compression, tmp_path):
     path = tmp_path / "a.parquet"
-    table = pa.table(
-        {"x": [f"{n:09d}" for n in range(20_000)], "y": [[n % 7] * (n % 3) for n in range(20_000)]}
-    )
+    table = pa.table({"x": [f"{n:09d}" for n in range(20_000)], "y": [[n % 7] * (n % 3) for n in range(20_000)]})
     pq.write_table(table, path, compression=compression, data_page_version=version, data_page_size=5000)
     group = pq.read_metadata(path).row_group(0)
     for column in map(group.column, range(2)):

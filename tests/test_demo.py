@@ -396,11 +396,7 @@ def test_a_pixel_of_the_grid_gives_its_head():
     cell = drawing.cell_size(shape)
     for layer, head in np.ndindex(shape):
         x, y = drawing.MARGIN + head * cell, drawing.MARGIN + layer * cell
-        assert (
-            drawing.head_at(x, y, shape)
-            == drawing.head_at(x + cell - 1, y + cell - 1, shape)
-            == (layer, head)
-        )
+        assert drawing.head_at(x, y, shape) == drawing.head_at(x + cell - 1, y + cell - 1, shape) == (layer, head)
     assert drawing.head_at(drawing.MARGIN - 1, 60, shape) is None
     assert drawing.head_at(60, drawing.MARGIN + 6 * cell, shape) is None
 
@@ -625,9 +621,7 @@ def test_invalid_clicks_and_images_are_refused(demo_page, tmp_path):
 def test_an_answer_is_traced(demo_page, run):
     """As by `lvlm.trace`; invalid input is refused."""
     path, _ = demo_page.examples[0]
-    answer, figure, page = demo_page.tracing.trace(
-        visitor_a, {"path": path}, " what is in\nthis image? ", "L4H4 L5H6"
-    )
+    answer, figure, page = demo_page.tracing.trace(visitor_a, {"path": path}, " what is in\nthis image? ", "L4H4 L5H6")
     with Image.open(path) as image:
         found = run.lvlm.trace(image.convert("RGB"), "what is in this image?", [(4, 4), (5, 6)])
     assert answer == found.answer
@@ -680,9 +674,7 @@ def test_the_page_as_served(run, tmp_path, monkeypatch):
             said = send({"path": address, "meta": {"_type": "gradio.FileData"}})
             assert "addresses are not fetched" in said, said
         upload = client.post("gradio_api/upload", files={"files": ("a.png", b"hello")}).json()[0]
-        assert "not an image in a known format" in send(
-            {"path": upload, "meta": {"_type": "gradio.FileData"}}
-        )
+        assert "not an image in a known format" in send({"path": upload, "meta": {"_type": "gradio.FileData"}})
     assert not list((tmp_path / "gradio").iterdir())
 
 
@@ -713,16 +705,12 @@ def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
     image.save(tmp_path / "scene.png")
     asked: list[str] = []
     attend = type(run.lvlm).attend
-    monkeypatch.setattr(
-        type(run.lvlm), "attend", lambda self, *a, **o: asked.append(a[1]) or attend(self, *a, **o)
-    )
+    monkeypatch.setattr(type(run.lvlm), "attend", lambda self, *a, **o: asked.append(a[1]) or attend(self, *a, **o))
     with background_server(run, quiet=True) as blocks:
         page = browser.new_page(viewport={"width": 1400, "height": 2000})
         trouble: list[str] = []
         page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on(
-            "request", lambda r: r.url.startswith(("http://127", "data:", "blob:")) or trouble.append(r.url)
-        )
+        page.on("request", lambda r: r.url.startswith(("http://127", "data:", "blob:")) or trouble.append(r.url))
         page.goto(blocks.local_url)
         page.wait_for_selector("#boxes img", timeout=60_000)
         check_upload(page, tmp_path / "scene.png", expression, truth)
@@ -750,9 +738,7 @@ def check_upload(page: Any, path: Any, expression: str, truth: tuple[float, ...]
     assert box_iou(np.array(coloured_box(pixels)) / scale, truth) > 0.4
     heat = shown(page, "heat")
     plain = Image.open(path).convert("RGB").resize(heat.shape[1::-1])
-    added = yellow(heat) - yellow(
-        np.asarray(plain)
-    )  # the bright end of viridis, without the image's own yellow
+    added = yellow(heat) - yellow(np.asarray(plain))  # the bright end of viridis, without the image's own yellow
     y, x = np.unravel_index(np.argmax(ndimage.uniform_filter(added, 25)), added.shape)
     assert truth[0] <= x / scale <= truth[2]
     assert truth[1] <= y / scale <= truth[3]

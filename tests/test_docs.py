@@ -92,9 +92,7 @@ def check_from_disk(page: Path) -> None:
     with browser() as site:
         site.open(page)
         assert "How sure a box is" in site.run(SEARCH)
-        copied = site.run(
-            "[...document.querySelectorAll('[data-clipboard-text]')].map(b => b.dataset.clipboardText)"
-        )
+        copied = site.run("[...document.querySelectorAll('[data-clipboard-text]')].map(b => b.dataset.clipboardText)")
         assert copied
         assert all(text.startswith("python ") and "┃" not in text for text in copied)
         assert not [address for address in site.requests if address.startswith("http")]
@@ -107,8 +105,6 @@ def test_the_notebook_runs_and_shows_what_it_says(monkeypatch: pytest.MonkeyPatc
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     nbformat.validate(notebook)
     client.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
-    said = "".join(
-        output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
-    )
+    said = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output)
     first, last = (float(iou) for iou in re.findall(r"mean IoU (\d\.\d\d)", said))
     assert first > last, "the heads that the ranking finds localise no better than the last ones"

@@ -138,9 +138,7 @@ def test_one_wrong_layer_of_many_is_found(image: Image.Image, monkeypatch: pytes
     assert check.difference == pytest.approx(2e-4, rel=0.05)
 
 
-def test_large_models_are_compared_only_on_request(
-    image: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_models_are_compared_only_on_request(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm = tiny_lvlm("last")
     assert examine(lvlm, image, "the dog", check=False).check.difference is None
     monkeypatch.setattr(doctor, "MAX_COMPARED_PARAMETERS", 10)
@@ -215,9 +213,7 @@ def test_cells_are_drawn_where_they_lie(image: Image.Image) -> None:
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert left < 0 < 160 < right
         assert top < -35 < 125 < bottom
-        filled = {
-            patch.get_facecolor(): patch.get_bbox().bounds for patch in axes.patches if patch.get_fill()
-        }
+        filled = {patch.get_facecolor(): patch.get_bbox().bounds for patch in axes.patches if patch.get_fill()}
         corner = view.x_edges[0], view.y_edges[0], *(np.diff(view.x_edges)[:1]), *(np.diff(view.y_edges)[:1])
         assert filled[to_rgba(ORANGE)] == pytest.approx(corner)
         end = view.x_edges[-2], view.y_edges[-2], np.diff(view.x_edges)[-1], np.diff(view.y_edges)[-1]
@@ -233,10 +229,7 @@ def test_the_verdict_holds_nothing_of_the_users(
 ) -> None:
     """All that a maintainer needs to know, and nothing of the user's folders, words or image."""
     monkeypatch.setattr("localization_heads.stages.doctor.EXAMPLE_DATA", tmp_path / "data.jsonl")
-    lines = [
-        {"id": f"{n}", "prompt": text, "image_path": "noise.png"}
-        for n, text in enumerate(["the dog", "a cat"])
-    ]
+    lines = [{"id": f"{n}", "prompt": text, "image_path": "noise.png"} for n, text in enumerate(["the dog", "a cat"])]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run = run_of(tmp_path, f"image_file={image_file}", "query='my secret'", "verdict=true")
     assert STAGES["doctor"](run) == 0

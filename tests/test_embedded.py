@@ -74,9 +74,7 @@ def test_prompts_are_tokenized_as_in_training(processor, system, samples):
 
 @pytest.mark.parametrize(("width", "height"), [(128, 128), (300, 100), (33, 200)])
 def test_every_image_is_padded_to_the_whole_grid(model, processor, width, height):
-    inputs = processor(
-        images=Image.new("RGB", (width, height)), text="<image>\nthe dog.", return_tensors="pt"
-    )
+    inputs = processor(images=Image.new("RGB", (width, height)), text="<image>\nthe dog.", return_tensors="pt")
     cells = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == cells
 

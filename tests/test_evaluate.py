@@ -63,9 +63,7 @@ def read_rows(front: Front) -> list[dict[str, Any]]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------- numbers
@@ -87,9 +85,7 @@ def test_rows_and_metrics_agree_with_a_second_implementation(quick: Front, lvlm:
         assert tuple(row["true_box"]) == box and tuple(row["predicted_box"]) == pytest.approx(found.box)
         assert row["iou"] == pytest.approx(iou(found.box, box))
         assert row["pointing"] == pointing_hit(found.point, box)
-        assert row["energy"] == pytest.approx(
-            mass_inside(found.combined, maps.image_box, image.size, box), abs=1e-6
-        )
+        assert row["energy"] == pytest.approx(mass_inside(found.combined, maps.image_box, image.size, box), abs=1e-6)
         assert row["score"] == pytest.approx(found.score, abs=1e-6) and row["heads"] == ["L2H0", "L3H1"]
         expected = (None, None) if mask is None else mask_overlap(found.mask, mask)
         assert (row["intersection"], row["union"]) == expected
@@ -392,15 +388,11 @@ def test_wrong_options_are_one_line(quick: Front, option: str, message: str) -> 
     ("scale", "message"),
     [((1, 1), "they look like 0 to 1, such as"), ((1000, 1000), "they look like 0 to 1000")],
 )
-def test_boxes_that_are_not_in_pixels_are_an_error(
-    quick: Front, scale: tuple[int, int], message: str
-) -> None:
+def test_boxes_that_are_not_in_pixels_are_an_error(quick: Front, scale: tuple[int, int], message: str) -> None:
     """They would all score 0."""
     entries = write_truths(masks=False)
     for entry in entries:
-        entry["bbox"] = [
-            x / side * n for x, side, n in zip(entry["bbox"], (64, 48) * 2, scale * 2, strict=True)
-        ]
+        entry["bbox"] = [x / side * n for x, side, n in zip(entry["bbox"], (64, 48) * 2, scale * 2, strict=True)]
     write_lines(Path("data.jsonl"), entries)
     error = quick.error(*OPTIONS)
     assert message in error and "of 64 x 48 pixels (line 1 (entry_0))" in error

@@ -336,9 +336,7 @@ def test_tab1_to_tab3_are_the_scores_of_the_heads(study: Study) -> None:
     first = run_experiment("tab1", study)
     assert first.tables[0].rows == (("ours, made up, Acc@0.5", percent(accuracy)),)
     assert first.tables[0].columns == ("model", "rectangles")
-    assert first.numbers["acc@0.5"] == pytest.approx(accuracy) and first.numbers["pointing"] == pytest.approx(
-        hit
-    )
+    assert first.numbers["acc@0.5"] == pytest.approx(accuracy) and first.numbers["pointing"] == pytest.approx(hit)
     assert run_experiment("tab2", study).tables[0].rows[0][1] == percent(ciou)
     scored = score_recipes({0: Recipe(study.heads, GroundingOptions())}, DATA)[0].scores
     ious = [np.divide(*one.overlap) for one in scored if one.overlap]
@@ -404,8 +402,7 @@ def test_tab5_agrees_with_plain_loops(study: Study) -> None:
         ("criterion 1", "greedy"): [sorted(heads, key=lambda head: -one[head])[:3] for one in sums],
         ("criterion 2", "greedy"): [lowest(s, heads) for s in range(SAMPLES)],
         ("both", "greedy"): [
-            lowest(s, [head for head in heads if one[head] >= chord_elbow(one[1:])])
-            for s, one in enumerate(sums)
+            lowest(s, [head for head in heads if one[head] >= chord_elbow(one[1:])]) for s, one in enumerate(sums)
         ],
     }
     recipes, numbers = criteria_recipes(study), run_experiment("tab5", study).numbers

@@ -108,9 +108,7 @@ def test_a_batch_gives_the_maps_of_its_samples(name: str) -> None:
     lvlm = tiny(name)
     images = [coordinate_image(150, 110), coordinate_image(110, 190), coordinate_image(64, 64)]
     expressions = ["the red car", "the dog left in this image", "car"]
-    for image, expression, batched in zip(
-        images, expressions, lvlm.attend_batch(images, expressions), strict=True
-    ):
+    for image, expression, batched in zip(images, expressions, lvlm.attend_batch(images, expressions), strict=True):
         alone = lvlm.attend(image, expression)
         assert alone.image_box == batched.image_box
         np.testing.assert_allclose(alone.attention, batched.attention, **EAGER)
@@ -219,18 +217,14 @@ def pixels(*shape: int, empty: int = 0) -> torch.Tensor:
     [
         pytest.param(encoded(144, (512, 288), image_grid_thw=[[1, 18, 32], [1, 2, 2]]), (9, 16), id="merged"),
         pytest.param(encoded(144, (512, 288), image_grid_thw=[[1, 9, 16]] * 2, merge=1), (9, 16), id="plain"),
-        pytest.param(
-            encoded(6, image_grid_thw=torch.tensor([[1, 4, 6]] * 2), merge=2), (2, 3), id="no square"
-        ),
+        pytest.param(encoded(6, image_grid_thw=torch.tensor([[1, 4, 6]] * 2), merge=2), (2, 3), id="no square"),
         pytest.param(encoded(144, (512, 288), pixel_values=pixels(2, 3, 96, 96)), (12, 12), id="squeezed"),
         pytest.param(encoded(144, image_sizes=[[96, 96], [96, 48]]), (12, 12), id="square size"),
         pytest.param(encoded(4, pixel_values=pixels(2, 2, 3, 8, 8, empty=1)), (2, 2), id="one tile of two"),
         pytest.param(encoded(144, (640, 480)), (12, 12), id="no other grid of that aspect"),
     ],
 )
-def test_an_unknown_family_reads_a_grid_that_nothing_contradicts(
-    image: ProcessedImage, grid: tuple[int, int]
-) -> None:
+def test_an_unknown_family_reads_a_grid_that_nothing_contradicts(image: ProcessedImage, grid: tuple[int, int]) -> None:
     (view,) = views_of(image)
     assert view.index.shape == grid
     assert view.index.ravel().tolist() == list(range(1, 1 + grid[0] * grid[1]))

@@ -215,9 +215,7 @@ def test_boxes_are_drawn_at_their_pixels(plot):
     x0, y0, x1, y1 = grounding.box
     image = Image.new("RGB", (100, 80), "black")
     if plot == "top maps":
-        figure = figures.plot_top_maps(
-            image, maps, grounding.heads, grounding=grounding, truth=(70, 60, 95, 75)
-        )
+        figure = figures.plot_top_maps(image, maps, grounding.heads, grounding=grounding, truth=(70, 60, 95, 75))
         axes = figure.axes[3]
         assert axes.get_title() == "combined: 2 heads"
     else:
@@ -311,15 +309,11 @@ def test_every_shape_and_number_of_heads_fits(size, k):
     heads = [Head(*divmod(n + 4, 6)) for n in range(k)]
     grounding = ground_maps(maps, heads) if heads else None
     image = noise_image(size) if with_image else None
-    figure = figures.plot_top_maps(
-        image, maps, heads, grounding=grounding, statistics=head_statistics(maps.attention)
-    )
+    figure = figures.plot_top_maps(image, maps, heads, grounding=grounding, statistics=head_statistics(maps.attention))
     assert_all_text_fits(figure)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert len(titles) == with_image + k + (k > 0)
-    assert [title.split()[0] for title in titles[with_image : with_image + k]] == [
-        str(head) for head in heads
-    ]
+    assert [title.split()[0] for title in titles[with_image : with_image + k]] == [str(head) for head in heads]
     assert figure.get_size_inches()[0] < 11
 
 
@@ -425,9 +419,7 @@ def test_only_the_largest_components_are_labelled_without_overlaps():
     labels = np.zeros((24, 24), dtype=np.int32)
     labels[::3, ::3] = np.arange(1, 65).reshape(8, 8)
     labels[1, 1:9:3] = labels[0, 0:9:3]  # three of two cells
-    figure = figures.plot_components(
-        noise_image((240, 240)), maps_of((240, 240), grid=24), Head(2, 0), labels, 4.1
-    )
+    figure = figures.plot_components(noise_image((240, 240)), maps_of((240, 240), grid=24), Head(2, 0), labels, 4.1)
     names = figure.axes[2].texts
     assert 1 <= len(names) <= 6
     rendered(figure)
@@ -534,9 +526,7 @@ def test_names_and_their_lines_stay_off_the_curve(sums, tau, count):
         for x, y in curve[(curve[:, 0] > box.x0) & (curve[:, 0] < box.x1)]:
             assert not box.y0 - 2 < y < box.y1 + 2, (x, y, box)
     level = axes.transData.transform((0, tau))[1]
-    assert not any(
-        box.y0 + 0.2 * box.height < level < box.y1 - 1 for box in boxes
-    )  # below: room for descenders
+    assert not any(box.y0 + 0.2 * box.height < level < box.y1 - 1 for box in boxes)  # below: room for descenders
     for name in names:
         start, end = name.arrow_patch.get_path().vertices[[0, -1]]  # including the shrunk ends
         for share in np.linspace(0.05, 0.95, 50):
@@ -564,15 +554,11 @@ def test_degenerate_attention_sums_are_drawn(sums, tau):
     figure = figures.plot_attention_sums(sums, tau, top=top)
     assert_all_text_fits(figure)
     labels = [text for text in texts(figure) if "τ" in text]
-    assert labels == (
-        [] if tau is None or len(sums) == 2 else [f"τ = {tau:.2f}" if tau >= 0.1 else f"τ = {tau:.2g}"]
-    )
+    assert labels == ([] if tau is None or len(sums) == 2 else [f"τ = {tau:.2f}" if tau >= 0.1 else f"τ = {tau:.2g}"])
 
 
 def ranking_of(count: int, *, trials: int = 5) -> HeadRanking:
-    heads = tuple(
-        RankedHead(14 + n % 3, 31 - n, 0.8 * 0.9**n, 0.01 * (n % 4), 0.3, 0.1 * n) for n in range(count)
-    )
+    heads = tuple(RankedHead(14 + n % 3, 31 - n, 0.8 * 0.9**n, 0.01 * (n % 4), 0.3, 0.1 * n) for n in range(count))
     return HeadRanking(heads=heads, tau=0.24, top_n=10, num_samples=1000, num_trials=trials)
 
 
@@ -638,9 +624,7 @@ def test_the_head_grid_shows_the_values_of_considered_layers(shape):
 
 def drawn_charts() -> dict:
     sums = sums_with_an_elbow(6, 8)
-    top = [
-        Head(*index) for index in np.argwhere(sums >= np.sort(sums[2:].ravel())[-3]).tolist() if index[0] >= 2
-    ]
+    top = [Head(*index) for index in np.argwhere(sums >= np.sort(sums[2:].ravel())[-3]).tolist() if index[0] >= 2]
     points = [(Head(*index), float(sums[index]), 1 - float(sums[index])) for index in np.ndindex(sums.shape)]
     return {
         "curve": figures.plot_attention_sums(sums, 0.1, top=top),
@@ -658,9 +642,7 @@ def test_svg_is_reproducible_and_embeddable():
     for text in one:
         root = ElementTree.fromstring(text)
         assert set(re.findall(r'(?:href="|url\()#([\w-]+)', text)) == set(re.findall(r' id="([^"]+)"', text))
-        assert not [
-            element for element in root.iter() if "style" in element.attrib or element.tag.endswith("style")
-        ]
+        assert not [element for element in root.iter() if "style" in element.attrib or element.tag.endswith("style")]
         assert root.get("role") == "img" and "L" in "".join(root.itertext())
 
 
@@ -677,9 +659,7 @@ def test_svg_marks_have_tooltips_with_their_heads():
 
 def test_svg_splits_the_font_shorthand_of_matplotlib_3_8() -> None:
     """`font` is not an SVG attribute: all text would have one size."""
-    element = ElementTree.Element(
-        "text", style="font: italic 700 8.5px 'DejaVu Sans', sans-serif; fill: #000"
-    )
+    element = ElementTree.Element("text", style="font: italic 700 8.5px 'DejaVu Sans', sans-serif; fill: #000")
     _clean_element(element, set())
     assert element.attrib == {
         "font-style": "italic", "font-weight": "700", "font-size": "8.5px", "fill": "#000"
@@ -700,9 +680,7 @@ def test_png_files_are_smaller_than_a_megabyte(tmp_path):
     heads = [Head(*divmod(n + 4, 6)) for n in range(20)]
     image = noise_image((2000, 1500))
     figures.plot_top_maps(image, maps, heads, tmp_path / "sub" / "20.png", grounding=ground_maps(maps, heads))
-    figures.plot_grounding(
-        np.asarray(image), ground_maps(maps, heads), tmp_path / "1.png", expression="noise"
-    )
+    figures.plot_grounding(np.asarray(image), ground_maps(maps, heads), tmp_path / "1.png", expression="noise")
     for path in (tmp_path / "sub" / "20.png", tmp_path / "1.png"):
         assert path.stat().st_size < 1_000_000
         with Image.open(path) as file:
@@ -768,8 +746,6 @@ def test_show_moves_figures_into_pyplot_windows(monkeypatch):
     drawn = [figures.plot_head_grid(np.ones((3, 3))), figures.plot_head_grid(np.zeros((2, 2)))]
     shown = []
     monkeypatch.setattr(plt, "get_backend", lambda: "qtagg")
-    monkeypatch.setattr(
-        plt, "show", lambda: shown.extend(m.canvas.figure for m in Gcf.get_all_fig_managers())
-    )
+    monkeypatch.setattr(plt, "show", lambda: shown.extend(m.canvas.figure for m in Gcf.get_all_fig_managers()))
     assert figures.show(*drawn) is True
     assert shown == drawn

@@ -188,9 +188,7 @@ def test_visualize_batch_false_draws_no_figures_of_entries(front: Front) -> None
     assert not list((front.out / "attention").glob("*.png"))
 
 
-@pytest.mark.parametrize(
-    ("format", "files"), [("safetensors", "*.safetensors"), ("published", "*_metadata.pkl")]
-)
+@pytest.mark.parametrize(("format", "files"), [("safetensors", "*.safetensors"), ("published", "*_metadata.pkl")])
 def test_the_attention_format_does_not_change_the_results(format: str, files: str, front: Front) -> None:
     front.succeed("stage=batch", *QUIET, f"attention_format={format}", "output_dir=other")
     front.succeed("stage=batch", *QUIET)
@@ -234,9 +232,7 @@ def write_bad_data() -> None:
 
 
 @pytest.mark.parametrize(("stage", "size"), [("batch", 8), ("find", 1)])
-def test_bad_entries_are_reported_and_the_rest_goes_on(
-    front: Front, calls: Calls, stage: str, size: int
-) -> None:
+def test_bad_entries_are_reported_and_the_rest_goes_on(front: Front, calls: Calls, stage: str, size: int) -> None:
     """Each with its line number; the ranking is that of the good entries.
 
     `predictions.jsonl` lists the good entries first, then the bad ones with their reasons. The next run reports the
@@ -548,9 +544,7 @@ def test_damaged_or_missing_files_are_written_again(front: Front, calls: Calls) 
 
 
 @pytest.mark.parametrize("stage", ["batch", "find", "ground"])
-def test_the_folder_is_locked_while_a_run_works(
-    front: Front, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+def test_the_folder_is_locked_while_a_run_works(front: Front, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """A second run is refused, the first goes on unharmed, and the lock is released."""
     original, refused = LVLM.attend_batch, []
 

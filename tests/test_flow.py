@@ -219,9 +219,7 @@ def test_run_pipelined_can_finish_in_the_main_thread() -> None:
     def record(step: str) -> Any:
         return lambda _: threads.append((step, threading.get_ident()))
 
-    run_pipelined(
-        range(3), record("prepare"), record("compute"), record("finish"), finish_in_background=False
-    )
+    run_pipelined(range(3), record("prepare"), record("compute"), record("finish"), finish_in_background=False)
     in_main = {step for step, thread in threads if thread == threading.get_ident()}
     assert in_main == {"compute", "finish"}
     assert len(threads) == 9
@@ -250,9 +248,7 @@ def test_run_pipelined_raises_and_finishes_what_was_computed(
         finished.append(step("finish", item))
 
     with pytest.raises(error, match="no"):
-        run_pipelined(
-            range(50), partial(step, "prepare"), compute, finish, finish_in_background=in_background
-        )
+        run_pipelined(range(50), partial(step, "prepare"), compute, finish, finish_in_background=in_background)
     assert len(computed) < 10
     assert finished == [item for item in computed if (failing, item) != ("finish", 3)]
 

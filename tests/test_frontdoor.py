@@ -115,9 +115,7 @@ def test_the_version_is_one_line(front: Front) -> None:
 
 def test_the_examples_are_found_outside_the_repository(front: Front) -> None:
     """They are part of the package; a folder `examples` of the user takes precedence."""
-    status, out, _ = front.finder(
-        "stage=ground", "image_file=examples/images/cat.jpg", "query=x", "save_id=one"
-    )
+    status, out, _ = front.finder("stage=ground", "image_file=examples/images/cat.jpg", "query=x", "save_id=one")
     assert status == 0
     assert "one" in out
     Path("examples").mkdir()
@@ -326,9 +324,7 @@ WRONG_USE: dict[str, list[tuple[list[str], str]]] = {
     ("command", "arguments", "message"),
     [(command, *case) for command, cases in WRONG_USE.items() for case in cases],
 )
-def test_wrong_use_is_one_line_and_status_2(
-    front: Front, command: str, arguments: list[str], message: str
-) -> None:
+def test_wrong_use_is_one_line_and_status_2(front: Front, command: str, arguments: list[str], message: str) -> None:
     """The error names the option and how to fix it, and nothing is written."""
     result = getattr(front, command)(*arguments)
     assert result.status == 2, result.err
@@ -510,9 +506,7 @@ def test_the_error_of_submitit_is_one_line() -> None:
         "ZeroDivisionError: division by zero\nDuring handling of it, another:\n"
         "{0}: {1}\n\n----------------------\nYou can check full logs with 'job.stderr(0)': or there\n"
     )
-    ours = RuntimeError(
-        trace.format("localization_heads.errors.WorkError", "out of memory: lower batch_size")
-    )
+    ours = RuntimeError(trace.format("localization_heads.errors.WorkError", "out of memory: lower batch_size"))
     assert frontdoor._job_error(ours) == "out of memory: lower batch_size"
     theirs = RuntimeError(trace.format("RuntimeError", "no space"))
     assert frontdoor._job_error(theirs) == "a job of the sweep failed: RuntimeError: no space"

@@ -27,9 +27,7 @@ LLAVA = SimpleNamespace(model_type="llava", image_token_id=4, vision_config=Simp
 def grid_of(config: Any, image_processor: Any, num_tokens: int, size: tuple[int, int]) -> View:
     """The only view of an image with that many tokens."""
     inputs = {"input_ids": np.full((1, num_tokens), config.image_token_id)}
-    (view,) = views_of(
-        ProcessedImage(config, SimpleNamespace(image_processor=image_processor), inputs, 0, size)
-    )
+    (view,) = views_of(ProcessedImage(config, SimpleNamespace(image_processor=image_processor), inputs, 0, size))
     return view
 
 

@@ -48,9 +48,7 @@ def rotated_images(image: Image.Image, count: int) -> list[Image.Image]:
     return [image.rotate(90 * n).resize((60 + n, 60)).crop((0, 0, 60, 60)) for n in range(count)]
 
 
-def test_images_are_cached_by_their_content(
-    asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]
-) -> None:
+def test_images_are_cached_by_their_content(asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]) -> None:
     """A copy is a cache hit; one changed pixel or another prompt is not."""
     (first,) = asked.ask(image, ["the dog"])
     (second,) = asked.ask(image.copy(), ["the dog"])
@@ -122,13 +120,9 @@ def test_threads_may_share_the_cache(asked: LVLM, image: Image.Image) -> None:
     assert asked.recent.num_bytes <= asked.recent.max_bytes
 
 
-def test_ground_encodes_an_image_once(
-    asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]
-) -> None:
+def test_ground_encodes_an_image_once(asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]) -> None:
     options, heads = GroundingOptions(), [lh.Head(3, 0)]
-    boxes = {
-        text: lh.ground(asked, image, text, heads, options=options).box for text in ("the dog", "a red car")
-    }
+    boxes = {text: lh.ground(asked, image, text, heads, options=options).box for text in ("the dog", "a red car")}
     assert len(encoded) == 1
     for text, box in boxes.items():
         expected = ground_maps(asked.attend(image, text), heads, options)

@@ -160,9 +160,7 @@ def test_a_duplicate_at_the_end_of_a_long_file_is_found_at_once(form, ranking, t
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["14-24", "L14H24", "L14 H24", " l14 - h24 ", "14,24", "14:24", "14  24", "14h24"]
-)
+@pytest.mark.parametrize("text", ["14-24", "L14H24", "L14 H24", " l14 - h24 ", "14,24", "14:24", "14  24", "14h24"])
 def test_a_heads_name_has_several_forms(text):
     assert Head.parse(text) == Head(14, 24)
 
@@ -361,9 +359,7 @@ def test_a_refused_upload_is_one_line(ranking, monkeypatch):
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
-    monkeypatch.setattr(
-        "localization_heads.lvlm.checkpoints.sources.hub_unreachable_reason", lambda: "no network"
-    )
+    monkeypatch.setattr("localization_heads.lvlm.checkpoints.sources.hub_unreachable_reason", lambda: "no network")
     with pytest.raises(WorkError, match="neither a local file nor available from the hub"):
         lh.load_heads("nobody-at-all/no-such-heads")
 

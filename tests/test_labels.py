@@ -138,9 +138,7 @@ def test_shrinkage_by_hand() -> None:
 
 def test_many_labels_outweigh_the_label_free_ranking() -> None:
     scores = np.array([[0.0, 0.0], [0.0, 0.2], [0.1, 0.4]])
-    few, many = (
-        rank_by_score(shrink_scores(scores, LABEL_FREE, n, "ranks", 10), LABEL_FREE)[0] for n in (1, 1000)
-    )
+    few, many = (rank_by_score(shrink_scores(scores, LABEL_FREE, n, "ranks", 10), LABEL_FREE)[0] for n in (1, 1000))
     assert (few, many) == ((1, 0), (2, 1))
 
 
@@ -234,9 +232,7 @@ def test_the_reader_asks_for_a_box_and_reads_its_numbers(
 
 
 def test_models_without_a_box_are_refused(lvlm: Any, image: Image.Image) -> None:
-    with pytest.raises(
-        UsageError, match=r"heads_by=vrh: .* is not known to write boxes itself; rank by mass"
-    ):
+    with pytest.raises(UsageError, match=r"heads_by=vrh: .* is not known to write boxes itself; rank by mass"):
         lh.find_heads(lvlm, [lh.Sample(image, "the car", bbox=(0, 0, 9, 9))], by="vrh")
 
 
@@ -313,14 +309,10 @@ def test_shrinkage_towards_sensitive_heads(front: Front) -> None:
     assert result.status == 0, result.err
     heads, labels = (json.loads((front.out / f"{name}.json").read_text()) for name in ("heads", "labels"))
     assert labels["label_free_heads"] == [[head["layer"], head["head"]] for head in free[:3]]
-    scores = {
-        (head["layer"], head["head"]): max(0.0, head["consistency"] - 1 + head["sensitivity"])
-        for head in free
-    }
+    scores = {(head["layer"], head["head"]): max(0.0, head["consistency"] - 1 + head["sensitivity"]) for head in free}
     best = max(head["score"] for head in heads["heads"])
     blended = [
-        0.25 * head["score"] / best
-        + 0.75 * scores.get((head["layer"], head["head"]), 0.0) / max(scores.values())
+        0.25 * head["score"] / best + 0.75 * scores.get((head["layer"], head["head"]), 0.0) / max(scores.values())
         for head in heads["heads"]
         if (head["layer"], head["head"]) in scores
     ]
@@ -398,9 +390,7 @@ def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.Monkey
     ]
     assert front.json("labels.json")["quality"].startswith("mean attention of the generated")
     noted = front.finder(*SCENES[1:], "stage=ground", f"heads={front.out}/heads.json", "segmenter=none")
-    assert (
-        "found with conv_mode=native_box (here: referseg), query_token=answer_span (here: last)" in noted.err
-    )
+    assert "found with conv_mode=native_box (here: referseg), query_token=answer_span (here: last)" in noted.err
 
 
 def test_heads_are_not_evaluated_on_their_labels(front: Front) -> None:

@@ -64,9 +64,7 @@ def saved_family(name: str, folder: Path) -> str:
     return str(folder)
 
 
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}{{ c.get('text', IMAGE) }} {% endfor %}{% endfor %}"
-)
+TEMPLATE = "{% for m in messages %}{% for c in m['content'] %}{{ c.get('text', IMAGE) }} {% endfor %}{% endfor %}"
 
 
 def test_conv_mode_follows_the_family(tmp_path: Path) -> None:
@@ -82,9 +80,7 @@ def test_conv_mode_follows_the_family(tmp_path: Path) -> None:
     assert load_model(ModelSpec(source, conv_mode="referseg"), device="cpu").conv_mode == "referseg"
 
 
-def test_like_applies_the_settings_of_a_known_model(
-    folder: Path, package_log: pytest.LogCaptureFixture
-) -> None:
+def test_like_applies_the_settings_of_a_known_model(folder: Path, package_log: pytest.LogCaptureFixture) -> None:
     """Its heads, prompt and padding; with a note if the shapes show that it is another model."""
     known = known_specs()["llava"]
     for like in ("llava", "llava-hf/llava-1.5-7b-hf", "liuhaotian/llava-v1.5-7b"):
@@ -271,9 +267,7 @@ def test_an_updated_hub_checkpoint_gets_new_statistics(
     stores, prints = [], []
     for commit in ("a", "b"):
         (cache / "refs" / "main").write_text(commit * 40)
-        run = Run(
-            composed("stage=find", "device=cpu", "model.name=me/my-llava", f"output_dir={tmp_path}/out")
-        )
+        run = Run(composed("stage=find", "device=cpu", "model.name=me/my-llava", f"output_dir={tmp_path}/out"))
         stores.append(open_statistics(run).path)
         prints.append(run.lvlm.fingerprint)
     assert prints == [fingerprint_of(folder), fingerprint_of(update)]
@@ -328,16 +322,12 @@ def test_broken_folders_are_one_line_errors(tmp_path: Path, folder: Path) -> Non
         assert "\n" not in str(caught.value)
 
 
-def test_missing_weights_are_a_warning(
-    folder: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture
-) -> None:
+def test_missing_weights_are_a_warning(folder: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
     """transformers initialises them at random."""
     target = shutil.copytree(folder, tmp_path / "holes")
     weights = load_file(target / "model.safetensors")
     gone = next(name for name in sorted(weights) if name.endswith("layers.1.self_attn.q_proj.weight"))
-    save_file(
-        {name: tensor for name, tensor in weights.items() if name != gone}, target / "model.safetensors"
-    )
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, target / "model.safetensors")
     load_model(str(target), device="cpu")
     assert "lacks 1 tensors" in package_log.text
     assert "q_proj.weight" in package_log.text

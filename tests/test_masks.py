@@ -32,9 +32,7 @@ def test_uncompressed_rle_is_decoded(mask):
     flat = mask.ravel(order="F")
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flat]).astype(int)) != 0)
     counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-    np.testing.assert_array_equal(
-        read_mask({"size": list(mask.shape), "counts": counts}, mask.shape[::-1]), mask
-    )
+    np.testing.assert_array_equal(read_mask({"size": list(mask.shape), "counts": counts}, mask.shape[::-1]), mask)
 
 
 @pytest.mark.parametrize("shape", [(4000, 5000), (1, 1)])
@@ -137,9 +135,7 @@ def test_polygons_may_extend_past_the_image(far):
     read_mask([[0, 0, far, 0, far, far]], (6, 5))
 
 
-@pytest.mark.parametrize(
-    "polygons", [[[0, 0, 9000, 9000] * 500], [[0.0, 0.0, 5.0, 5.0]] * 3, [SQUARE] * 10_001]
-)
+@pytest.mark.parametrize("polygons", [[[0, 0, 9000, 9000] * 500], [[0.0, 0.0, 5.0, 5.0]] * 3, [SQUARE] * 10_001])
 def test_polygons_that_need_too_much_memory_are_rejected(polygons):
     with pytest.raises(MaskError):
         read_mask(polygons, (8000, 8000))

@@ -17,9 +17,7 @@ EXPRESSIONS = ["the dog", "a red car on the left side of the very long street"]
 
 def random_lvlm(mode: str) -> LVLM:
     """A random model whose processor crops, pads or squeezes."""
-    return LVLM(
-        llava_model(), llava_processor(mode=mode), ModelSpec("random"), system="", conv_mode="referseg"
-    )
+    return LVLM(llava_model(), llava_processor(mode=mode), ModelSpec("random"), system="", conv_mode="referseg")
 
 
 def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
@@ -129,9 +127,7 @@ def test_control_tokens_never_reach_the_model(lvlm: LVLM, image: Image.Image) ->
             lvlm.attend(image, f"the {token} dog")
 
 
-@pytest.mark.parametrize(
-    "expression", ["🐕‍🦺🔥", "the dog " * 100, "狗在左边", "a\nb", "'; DROP TABLE heads; --", "-"]
-)
+@pytest.mark.parametrize("expression", ["🐕‍🦺🔥", "the dog " * 100, "狗在左边", "a\nb", "'; DROP TABLE heads; --", "-"])
 def test_unusual_expressions_have_finite_maps(lvlm: LVLM, image: Image.Image, expression: str) -> None:
     maps = lvlm.attend(image, expression)
     assert np.isfinite(maps.attention).all()

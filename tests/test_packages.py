@@ -123,9 +123,7 @@ def test_a_broken_torchvision_is_named(fault: str, tmp_path: Path, monkeypatch: 
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(BROKEN[fault])
     (tmp_path / "torchvision-0.20.1.dist-info").mkdir()
-    (tmp_path / "torchvision-0.20.1.dist-info" / "METADATA").write_text(
-        "Name: torchvision\nVersion: 0.20.1\n"
-    )
+    (tmp_path / "torchvision-0.20.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.20.1\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     for work in (check_torchvision, lambda: load_model(device="cpu")):

@@ -104,9 +104,7 @@ def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
         pass
 
 
-def test_leftover_folders_of_killed_processes_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leftover_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with replace_folder(tmp_path / "failures") as folder:
         name = folder.name
     dead = tmp_path / name.replace(f"-{os.getpid()}-", "-99999-")

@@ -76,9 +76,7 @@ TEMPLATES = {
     "mllama": (
         "<|begin_of_text|>{% if messages[0].content | selectattr('type', 'equalto', 'image') | list %}"
         "{% else %}<|start_header_id|>system<|end_header_id|>\n\nToday<|eot_id|>{% endif %}"
-        "<|start_header_id|>user<|end_header_id|>\n\n"
-        + filled(EACH + PART + DONE, IMAGE="<|image|>")
-        + "<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n" + filled(EACH + PART + DONE, IMAGE="<|image|>") + "<|eot_id|>",
         "<|image|>",
     ),
     "kimi": (
@@ -131,10 +129,7 @@ def lvlm_with(template: str | None, query_token: str = "last", conv_mode: str = 
 
 def test_prompts_include_the_image_tokens_of_the_template() -> None:
     template = filled(EACH + PART + DONE, IMAGE="<begin><image><end>\n")
-    assert (
-        lvlm_with(template, conv_mode="referseg").prompt("the dog")
-        == "Be brief.\n<begin><image><end>\nthe dog."
-    )
+    assert lvlm_with(template, conv_mode="referseg").prompt("the dog") == "Be brief.\n<begin><image><end>\nthe dog."
     assert lvlm_with(template, conv_mode="plain").prompt("the dog") == "<begin><image><end>\nthe dog."
 
 

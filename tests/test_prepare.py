@@ -54,9 +54,7 @@ def front(front):
 
 
 def prepared(front, *options, dataset="refcoco", path="refer"):
-    return front.finder(
-        "stage=prepare", f"dataset={dataset}", f"dataset_path={path}", "images=train2014", *options
-    )
+    return front.finder("stage=prepare", f"dataset={dataset}", f"dataset_path={path}", "images=train2014", *options)
 
 
 def lines(name):
@@ -250,9 +248,7 @@ def test_training_sample_that_shares_evaluation_images_is_refused(front):
 
 def test_images_of_a_prepared_benchmark_are_refused_or_excluded(front):
     """RefCOCOg's evaluation splits contain training images of RefCOCO."""
-    save_refer(
-        Path("refer/refcocog"), [Ref(0, 1, "val", ("a lady",)), Ref(1, 5, "test", ("a thing",))], "umd"
-    )
+    save_refer(Path("refer/refcocog"), [Ref(0, 1, "val", ("a lady",)), Ref(1, 5, "test", ("a thing",))], "umd")
     for split in ("val", "test"):
         assert prepared(front, f"split={split}", dataset="refcocog").status == 0
     result = prepared(front, "split=train")

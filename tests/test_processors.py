@@ -55,9 +55,7 @@ def no_padding(folder: Path) -> None:
 
 def no_padding_anywhere(folder: Path) -> None:
     no_padding(folder)
-    edit(
-        folder / "config.json", lambda d: [d["text_config"].pop("pad_token_id"), d.pop("pad_token_id", None)]
-    )
+    edit(folder / "config.json", lambda d: [d["text_config"].pop("pad_token_id"), d.pop("pad_token_id", None)])
 
 
 REMOVALS: dict[str, Callable[[Path], None]] = {
@@ -78,9 +76,7 @@ def test_missing_settings_do_not_change_the_maps(removed: str, tmp_path: Path, i
     REMOVALS[removed](folder)
     images, words = [image, image.copy()], ["the dog", "the red car left"]
     whole = load_model(str(save_llava(tmp_path / "whole")), device="cpu").attend_batch(images, words)
-    for found, expected in zip(
-        load_model(str(folder), device="cpu").attend_batch(images, words), whole, strict=True
-    ):
+    for found, expected in zip(load_model(str(folder), device="cpu").attend_batch(images, words), whole, strict=True):
         np.testing.assert_allclose(found.attention, expected.attention, rtol=0, atol=1e-6)
         assert found.image_box == expected.image_box
 
@@ -97,9 +93,7 @@ def test_a_chat_template_saved_with_the_tokenizer_is_used(tmp_path: Path, image:
     np.testing.assert_array_equal(found.attention, expected.attention)
 
 
-@pytest.mark.parametrize(
-    "name", ["llava", "llava_siglip", "llava_next", "llava_onevision", "vipllava", "glm4v"]
-)
+@pytest.mark.parametrize("name", ["llava", "llava_siglip", "llava_next", "llava_onevision", "vipllava", "glm4v"])
 def test_filled_in_settings_are_those_of_the_family(name: str) -> None:
     processor, model = build(RECIPES[name])
     names = [one for one in (*LLAVA_SETTINGS, "num_image_tokens") if hasattr(processor, one)]

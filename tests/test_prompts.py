@@ -50,10 +50,7 @@ def test_an_expression_is_cleaned_to_one_line(raw: str, clean: str) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        *(
-            (raw, "the expression is empty")
-            for raw in ("", " ", "\n\t", "<image>", " <image> \n<image>", "\u3000")
-        ),
+        *((raw, "the expression is empty") for raw in ("", " ", "\n\t", "<image>", " <image> \n<image>", "\u3000")),
         *((raw, "reads as a control token") for raw in ("</s> the dog", "the<s>dog", "dog <pad>")),
         ("the caf\udce9", "not valid Unicode"),  # as from a terminal in another encoding
     ],
@@ -79,9 +76,7 @@ def test_a_clean_expression_is_one_line_without_tokens(raw: str) -> None:
 def test_referseg_is_the_papers_prompt() -> None:
     assert referseg_prompt("the dog", "<image>", "Be kind.") == "Be kind.\n<image>\nthe dog."
     assert referseg_prompt("the dog", "<image>", "") == "<image>\nthe dog."
-    assert referseg_prompt("the dog", "<image>").startswith(
-        "You are a helpful language and vision assistant."
-    )
+    assert referseg_prompt("the dog", "<image>").startswith("You are a helpful language and vision assistant.")
 
 
 def test_prompt_of_each_mode() -> None:

@@ -115,9 +115,7 @@ def test_last_token_of_right_padded_prompts() -> None:
     assert find_query("last", [], {"attention_mask": mask.flip(1)}, None).positions is None
 
 
-def tiny_lvlm(
-    query_token: str, conv_mode: str = "referseg", *, attention: str = "sdpa", **options: Any
-) -> LVLM:
+def tiny_lvlm(query_token: str, conv_mode: str = "referseg", *, attention: str = "sdpa", **options: Any) -> LVLM:
     processor = llava_processor()
     processor.chat_template = CHAT
     model = llava_model(attention=attention, **options)
@@ -181,18 +179,14 @@ def test_rows_equal_those_of_eager_attention_with_a_window(image: Any, query_tok
     check_against_eager(lvlm, image, ["the dog", "the left red dog in this image"])
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2_vl", "internvl", "idefics3", "paligemma", "gemma3", "mllama", "llava_next"]
-)
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "idefics3", "paligemma", "gemma3", "mllama", "llava_next"])
 @pytest.mark.parametrize("query_token", SINGLE_CALL)
 def test_rows_equal_those_of_eager_attention_in_families(image: Any, name: str, query_token: str) -> None:
     """In a batch of different sizes: special tokens, tiles, bidirectional prefixes, cross-attention."""
     lvlm = copy.copy(tiny(name))
     lvlm.query_token = query_token
     images = [image, image.resize((200, 300))]
-    prompts = [
-        lvlm.located_prompt(expression) for expression in ("the dog", "the left red car in this image")
-    ]
+    prompts = [lvlm.located_prompt(expression) for expression in ("the dog", "the left red car in this image")]
     inputs = lvlm.model_inputs(images, [prompt.text for prompt in prompts])
     query = lvlm.query(prompts, inputs)
     assert compare_with_eager(lvlm, inputs, query).difference < 1e-5
@@ -242,10 +236,7 @@ def test_early_exit_gives_the_same_rows(image: Any, query_token: str) -> None:
 def test_stored_maps_of_query_tokens_are_kept_apart(image: Any, tmp_path: Path) -> None:
     """Another query token, and back: the files are those of the last one asked for."""
     image.save(tmp_path / "noise.png")
-    lines = [
-        {"id": f"e{n}", "prompt": p, "image_path": "noise.png"}
-        for n, p in enumerate(["the dog", "the red cat"])
-    ]
+    lines = [{"id": f"e{n}", "prompt": p, "image_path": "noise.png"} for n, p in enumerate(["the dog", "the red cat"])]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)))
 
@@ -260,9 +251,7 @@ def test_stored_maps_of_query_tokens_are_kept_apart(image: Any, tmp_path: Path) 
             )
         )
         batch(run)
-        return np.stack(
-            [load_attention(run.attention_folder / f"{line['id']}.pkl").attention for line in lines]
-        )
+        return np.stack([load_attention(run.attention_folder / f"{line['id']}.pkl").attention for line in lines])
 
     last, mean = maps_of("last"), maps_of("expression_mean")
     assert abs(last - mean).max() > 1e-3
@@ -330,9 +319,7 @@ def test_removing_a_token_from_a_batch_padded_on_either_side() -> None:
 
 @pytest.mark.parametrize("query_token", SPANLESS)
 @pytest.mark.parametrize("conv_mode", ["referseg", "chat"])
-def test_without_lone_spaces_single_batched_and_shared_maps_agree(
-    image: Any, query_token: str, conv_mode: str
-) -> None:
+def test_without_lone_spaces_single_batched_and_shared_maps_agree(image: Any, query_token: str, conv_mode: str) -> None:
     """And they equal eager attention on ids filtered by hand."""
     lvlm = lone_space_lvlm(query_token, conv_mode, drop_lone_spaces=True)
     alone = [lvlm.attend(image, expression).attention for expression in LONE]
@@ -350,11 +337,7 @@ def test_without_lone_spaces_single_batched_and_shared_maps_agree(
         keep = inputs["input_ids"][0] != 29871
         filtered = {**inputs, **{name: inputs[name][:, keep] for name in ("input_ids", "attention_mask")}}
         ids = filtered["input_ids"][0].tolist()
-        words = [
-            token
-            for token in llama_tokenizer()(f"\n{expression}")["input_ids"]
-            if token not in (1, 13, 29871)
-        ]
+        words = [token for token in llama_tokenizer()(f"\n{expression}")["input_ids"] if token not in (1, 13, 29871)]
         start = max(i for i in range(len(ids)) if ids[i : i + len(words)] == words)
         row = reference(lvlm, filtered, [list(range(start, start + len(words)))])[:, 0]
         on_image = row[..., filtered["input_ids"][0] == 32000]

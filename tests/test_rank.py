@@ -73,9 +73,7 @@ def test_needs_neither_torch_nor_transformers(front: Front) -> None:
         f"sys.argv = ['finder', 'stage=rank', '{DATA}']; sys.exit(finder())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
-    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
     assert contents() == before
     assert (front.out / "head_grid.png").read_bytes()[1:4] == b"PNG"

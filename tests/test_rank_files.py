@@ -95,9 +95,7 @@ def test_files_of_every_format_and_grid_are_ranked_like_their_maps(front: Front)
     ranking = rank_heads(sums, entropies, top_n=3, num_trials=2)
     found = heads_json()
     assert (found["model"], found["num_samples"], found["top_n"]) == (MODEL, 7, 3)
-    assert [[head["layer"], head["head"]] for head in found["heads"]] == [
-        list(one.address) for one in ranking.kept
-    ]
+    assert [[head["layer"], head["head"]] for head in found["heads"]] == [list(one.address) for one in ranking.kept]
     two = np.mean([map_overlap(maps[i], maps[j]) for i, j in ((3, 4), (3, 6), (4, 6))], axis=0)
     expected = 1 - (2 * map_overlap(maps[0], maps[1]) + 3 * two) / 5
     for head in found["heads"]:
@@ -143,9 +141,7 @@ def test_broken_files_are_reported_and_the_rest_is_ranked(front: Front) -> None:
         ("stage", [], "stage=rank"),
     ],
 )
-def test_what_cannot_be_ranked_is_one_line(
-    front: Front, wrong: str, options: list[str], message: str
-) -> None:
+def test_what_cannot_be_ranked_is_one_line(front: Front, wrong: str, options: list[str], message: str) -> None:
     if wrong != "none":
         write_ours("a.pkl", stack(0), "a.jpg", "it", model="" if wrong == "nameless" else MODEL)
     if wrong in ("heads", "model"):
@@ -167,9 +163,7 @@ def test_needs_neither_torch_nor_the_model(front: Front) -> None:
         "sys.argv = ['finder', 'stage=rank', 'attention_files=files', 'criteria=robust']; sys.exit(finder())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert heads_json()["criteria"]["sensitivity"] == "siblings"
 

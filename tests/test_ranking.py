@@ -153,9 +153,7 @@ class TestFrequency:
         flags = np.random.default_rng(9).random(sums.shape) < 0.3
         options = replace(options, per_sample=True)
         draws = random_draws(40, 3, 15, seed=1)
-        ranking = rank_heads(
-            sums, entropies, options=options, top_n=4, num_samples=15, bottom_row=flags, draws=draws
-        )
+        ranking = rank_heads(sums, entropies, options=options, top_n=4, num_samples=15, bottom_row=flags, draws=draws)
         counts = np.zeros(sums.shape[1:])
         for sample, times in enumerate(draws.sum(axis=0)):
             for head in select_in_sample(sums[sample], entropies[sample], flags[sample], options, 4):
@@ -206,9 +204,7 @@ class TestFrequency:
         assert at_limit.num_samples == 30
         rng = np.random.default_rng(5)
         resamples = [rng.integers(30, size=30) for _ in range(3)]
-        trials = np.array(
-            [obvious_frequency(sums, entropies, rows, CriteriaOptions(), 10)[1] for rows in resamples]
-        )
+        trials = np.array([obvious_frequency(sums, entropies, rows, CriteriaOptions(), 10)[1] for rows in resamples])
         for head in at_limit.heads:
             expected = trials[:, head.layer, head.head].std()
             assert head.selection_frequency_std == pytest.approx(expected, abs=1e-12)
@@ -219,9 +215,7 @@ class TestFrequency:
         draws = random_draws(60, num_trials=4, num_samples=25, seed=7)
         drawn = draws.any(axis=0)
         expected = rank_heads(sums, entropies, num_trials=4, num_samples=25, seed=7)
-        found = rank_heads(
-            sums[drawn], entropies[drawn], draws=draws[:, drawn], num_trials=4, num_samples=25, seed=7
-        )
+        found = rank_heads(sums[drawn], entropies[drawn], draws=draws[:, drawn], num_trials=4, num_samples=25, seed=7)
         assert found == expected
 
     def test_unusable_samples_leave_trials_of_different_sizes(self):
@@ -398,9 +392,7 @@ class TestRecord:
         assert again.options == options
         assert again.tau is None
 
-    @pytest.mark.parametrize(
-        ("num_samples", "spread"), [(39, "draws"), (40, "bootstrap"), (1000, "bootstrap")]
-    )
+    @pytest.mark.parametrize(("num_samples", "spread"), [(39, "draws"), (40, "bootstrap"), (1000, "bootstrap")])
     def test_the_spread_is_recorded(self, num_samples, spread):
         ranking = rank_heads(*random_pool(samples=40), num_samples=num_samples)
         data = ranking.to_json()
@@ -492,9 +484,7 @@ class TestHostileJson:
         with pytest.raises(UsageError, match=r"heads\.json"):
             HeadRanking.from_json({**GOOD, key: value})
 
-    @pytest.mark.parametrize(
-        ("key", "value"), [(key, value) for key in WRONG_IN_HEAD for value in WRONG_IN_HEAD[key]]
-    )
+    @pytest.mark.parametrize(("key", "value"), [(key, value) for key in WRONG_IN_HEAD for value in WRONG_IN_HEAD[key]])
     def test_wrong_values_of_a_head_are_refused_by_name(self, key, value):
         with pytest.raises(UsageError, match=rf"heads\[0\]: '{key}' must be"):
             HeadRanking.from_json({**GOOD, "heads": [{**GOOD["heads"][0], key: value}]})
@@ -505,9 +495,7 @@ class TestHostileJson:
         max_leaves=8,
     )
 
-    @given(
-        st.sampled_from([*KEYS, "criteria", "spread", "pictures"]), st.sampled_from(HEAD_KEYS), json_values
-    )
+    @given(st.sampled_from([*KEYS, "criteria", "spread", "pictures"]), st.sampled_from(HEAD_KEYS), json_values)
     def test_anything_is_read_or_refused(self, key, head_key, value):
         """In a field of the file, and in one of a head."""
         for change in ({key: value}, {"heads": [{**GOOD["heads"][0], head_key: value}]}):

@@ -92,9 +92,7 @@ def test_a_list_is_taken_only_with_its_prompt_and_query_token() -> None:
     own = (Head(3, 1),)
     assert choose_ready(own, names, "chat", "last").heads == own  # the user's own
     assert choose_ready((), (), "chat", "last") == ReadyHeads()
-    with pytest.raises(
-        UsageError, match="there is no ready list of heads named paper_llava; did you mean paper-llava"
-    ):
+    with pytest.raises(UsageError, match="there is no ready list of heads named paper_llava; did you mean paper-llava"):
         choose_ready((), ("paper_llava",), "chat", "last")
 
 
@@ -112,34 +110,25 @@ def test_options_choose_lists() -> None:
     assert run_of("model=llava", "model.name=/a/folder").named_heads == PAPER
     assert run_of("model=llava", "conv_mode=chat").named_heads is None
     fork = run_of("model=llava", "heads=fork-llava", "k=2")
-    assert fork.named_heads == (Head(14, 24), Head(14, 26)) and str(fork.heads_from).startswith(
-        "fork-llava (a commun"
-    )
+    assert fork.named_heads == (Head(14, 24), Head(14, 26)) and str(fork.heads_from).startswith("fork-llava (a commun")
     qwen = run_of("model=qwen3-vl")
     assert qwen.named_heads is None and qwen.heads_from is None
     assert "vrh-qwen3-vl (Retrieval Heads Meet Vision" in qwen.ready_heads.advice
-    assert (
-        "found with query_token=answer_span answer_span=box (here: query_token=last)"
-        in qwen.ready_heads.advice
-    )
+    assert "found with query_token=answer_span answer_span=box (here: query_token=last)" in qwen.ready_heads.advice
     boxes = run_of("model=qwen3-vl", "query_token=answer_span", "answer_span=box", "k=4")
     assert boxes.named_heads == ready_list("vrh-qwen3-vl").heads[:4]
     assert run_of("model=qwen3-vl", "query_token=answer_span", "answer_span='the dog'").named_heads is None
     named = run_of("model=qwen3-vl", "heads=vrh-qwen3-vl")
     assert named.named_heads == (Head(20, 15), Head(21, 10), Head(18, 19))
     assert named.heads_found_with == {"conv_mode": "native_box", "query_token": "answer_span"}
-    with pytest.raises(
-        UsageError, match=r"heads=vrh: .* or a ready list \(fork-llava, own-tiny, paper-llava"
-    ):
+    with pytest.raises(UsageError, match=r"heads=vrh: .* or a ready list \(fork-llava, own-tiny, paper-llava"):
         _ = run_of("heads=vrh").named_heads
     with pytest.raises(UsageError, match="there is no ready list of heads named nobody"):
         _ = run_of("model.lists=[nobody]", "model.heads=[]").ready_heads
 
 
 def test_a_conversation_uses_the_prompt_of_its_heads() -> None:
-    run = ChatRun(
-        compose_options("chat", "model=llava", "conv_mode=chat", "query=it"), "llava", ("model=llava",)
-    )
+    run = ChatRun(compose_options("chat", "model=llava", "conv_mode=chat", "query=it"), "llava", ("model=llava",))
     assert run.named_heads == PAPER
     assert (run.heads_found_with or {})["conv_mode"] == "referseg"
 
@@ -207,9 +196,7 @@ def test_a_new_ranking_is_compared_with_the_list(front: Front, with_list: Path, 
 
 
 def ranked_heads(folder: Path) -> list[tuple[int, int]]:
-    return [
-        (head["layer"], head["head"]) for head in json.loads((folder / "heads.json").read_text())["heads"]
-    ]
+    return [(head["layer"], head["head"]) for head in json.loads((folder / "heads.json").read_text())["heads"]]
 
 
 def test_a_list_of_another_model_is_refused(front: Front, image: Image.Image) -> None:
@@ -232,16 +219,12 @@ def test_viewers_note_heads_found_with_another_prompt(front: Front, image: Image
     said = "heads=auto: found with query_token=last (here: answer_mean); others may be better here"
     assert said in front.visualize(other).err
     named = f"heads={front.out}/heads.json"
-    assert (
-        said.replace("auto", f"{front.out}/heads.json") in front.finder("stage=visualize", other, named).err
-    )
+    assert said.replace("auto", f"{front.out}/heads.json") in front.finder("stage=visualize", other, named).err
 
 
 def test_python_says_why_no_list_is_taken(image: Image.Image) -> None:
     lvlm = lh.load_model(device="cpu", conv_mode="plain")
     assert lvlm.ready.heads == () and lvlm.ready.advice
     lh.ground(lvlm, image, "the dog", segmenter=None)
-    assert lvlm.trace(image, "the dog", max_new_tokens=1).heads == tuple(
-        lvlm.pick_own_heads(image, "the dog")
-    )
+    assert lvlm.trace(image, "the dog", max_new_tokens=1).heads == tuple(lvlm.pick_own_heads(image, "the dog"))
     assert lvlm.notes == [lvlm.ready.advice]

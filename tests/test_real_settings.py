@@ -28,9 +28,7 @@ from localization_heads.options.groups import ModelSpec
 def turns(user: str, image: str, after: str, assistant: str, first: str = "") -> str:
     """A template that writes each turn as `user`, its parts in order, `after`; then the beginning of the answer."""
     parts = f"{{% if c.type == 'image' %}}{image}{{% else %}}{{{{ c.text }}}}{{% endif %}}"
-    each = (
-        f"{{% for m in messages %}}{user}{{% for c in m.content %}}{parts}{{% endfor %}}{after}{{% endfor %}}"
-    )
+    each = f"{{% for m in messages %}}{user}{{% for c in m.content %}}{parts}{{% endfor %}}{after}{{% endfor %}}"
     return f"{first}{each}{{% if add_generation_prompt %}}{assistant}{{% endif %}}"
 
 

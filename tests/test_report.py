@@ -126,9 +126,7 @@ def head_facts(facts: HeadFacts) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- pieces
 
 
-@pytest.mark.parametrize(
-    "text", [HOSTILE, "</p><script>boom=1</script>", "&lt;", "a" * 5000, "\u202e dlrow", ""]
-)
+@pytest.mark.parametrize("text", [HOSTILE, "</p><script>boom=1</script>", "&lt;", "a" * 5000, "\u202e dlrow", ""])
 def test_hostile_text_is_parsed_back_as_text(text: str) -> None:
     """In an element and in an attribute, without characters that no page can hold."""
     clean = single_line(text, 5000)
@@ -245,17 +243,12 @@ def test_a_gallery_keeps_the_first_and_the_worst_in_any_order() -> None:
 def test_the_iou_of_a_head_is_that_of_its_own_boxes() -> None:
     random = np.random.default_rng(0)
     options = GroundingOptions()
-    maps = [
-        AttentionMaps(random.random((2, 3, 6, 6), dtype=np.float32), (0, 0, 60, 60), (60, 60))
-        for _ in range(4)
-    ]
+    maps = [AttentionMaps(random.random((2, 3, 6, 6), dtype=np.float32), (0, 0, 60, 60), (60, 60)) for _ in range(4)]
     maps[0].attention[1, 2] = 0  # as for a layer that was not run
     truth = (10.0, 10.0, 40.0, 50.0)
     heads = [Head(0, 1), Head(1, 2)]
     means = mean_ious(heads, (2, 3), [box_ious(one, heads, truth, options) for one in maps])
-    own = {
-        head: [float(box_iou(ground_maps(one, [head], options).box, truth)) for one in maps] for head in heads
-    }
+    own = {head: [float(box_iou(ground_maps(one, [head], options).box, truth)) for one in maps] for head in heads}
     assert means[0, 1] == pytest.approx(np.mean(own[Head(0, 1)]))
     assert means[1, 2] == pytest.approx(np.mean(own[Head(1, 2)][1:]))
     assert np.isnan(means[[0, 1], [0, 0]]).all()
@@ -449,9 +442,7 @@ def test_assets_are_packaged() -> None:
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Front]:
     def recorded(report: Report) -> str:
         text = render(report)
         REPORTS[text] = report
@@ -548,9 +539,7 @@ def test_the_report_of_evaluate_shows_metrics_and_the_known_ranking(front: Front
     assert all(row["iou"] is not None for row in used)
 
 
-def test_evaluate_ranks_its_own_samples_without_a_heads_file(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_ranks_its_own_samples_without_a_heads_file(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `find` does, which then need not run the model. Only `find` writes heads.json."""
     write_data(front.folder, bbox=BOX)
     front.succeed(*EVALUATE)
@@ -572,9 +561,7 @@ def test_evaluate_ranks_its_own_samples_without_a_heads_file(
     assert {**found, "used": own["used"]} == own
 
 
-def test_heads_of_a_large_model_are_scored_on_fewer_samples(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_of_a_large_model_are_scored_on_fewer_samples(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localization_heads.stages.report.IOU_HEADS", 10)
     monkeypatch.setattr("localization_heads.stages.report.IOU_SAMPLES_ALL_HEADS", 3)
     write_data(front.folder, bbox=BOX)
@@ -701,9 +688,7 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-CARDS_WITH_MAPS = (
-    "[...document.querySelectorAll('.card')].filter(c => c.querySelector('.maps button')).length"
-)
+CARDS_WITH_MAPS = "[...document.querySelectorAll('.card')].filter(c => c.querySelector('.maps button')).length"
 
 
 def enter(page: Browser, selector: str, value: str, event: str) -> None:
@@ -798,15 +783,11 @@ def test_charts_name_their_statistics(chromium: Browser, report_file: Path) -> N
         "grid-sum": "Attention sum",
         "grid-iou": "Mean IoU (%)",
     }.items():
-        assert text in chromium.run(
-            f"[...document.querySelectorAll('#{chart} text')].map(t => t.textContent)"
-        )
+        assert text in chromium.run(f"[...document.querySelectorAll('#{chart} text')].map(t => t.textContent)")
 
 
 @needs_chromium
-def test_tooltips_show_each_heads_value_and_the_best_is_brightest(
-    chromium: Browser, report_file: Path
-) -> None:
+def test_tooltips_show_each_heads_value_and_the_best_is_brightest(chromium: Browser, report_file: Path) -> None:
     chromium.open(report_file)
     rows = head_facts(made_report().heads)["rows"]
     units = {"frequency": 100, "sum": 1, "entropy": 1, "bottom": 100, "iou": 100}
@@ -816,13 +797,10 @@ def test_tooltips_show_each_heads_value_and_the_best_is_brightest(
                  t => [t.textContent, t.parentNode.getAttribute('fill')])"""
         )
         values = {
-            str(Head(r["layer"], r["head"])): None if name == "frequency" and r["layer"] < 2 else r[name]
-            for r in rows
+            str(Head(r["layer"], r["head"])): None if name == "frequency" and r["layer"] < 2 else r[name] for r in rows
         }
         said = dict(text.split(": ") for text, _ in cells)
-        assert said == {
-            head: "no value" if value is None else f"{unit * value:.3g}" for head, value in values.items()
-        }
+        assert said == {head: "no value" if value is None else f"{unit * value:.3g}" for head, value in values.items()}
         best = max(values, key=lambda head: -1 if values[head] is None else values[head])
         fills = {text.split(":")[0]: fill for text, fill in cells}
         assert fills[best] == "#fde725"
@@ -887,9 +865,7 @@ def test_the_ranking_is_sorted_by_its_headers(chromium: Browser, report_file: Pa
     """A second click reverses the order."""
     chromium.open(report_file)
     rows = [row for row in head_facts(made_report().heads)["rows"] if row["kept"]]
-    listed = (
-        "[...document.querySelectorAll('#ranking tbody tr')].map(r => [+r.dataset.layer, +r.dataset.head])"
-    )
+    listed = "[...document.querySelectorAll('#ranking tbody tr')].map(r => [+r.dataset.layer, +r.dataset.head])"
     for column, key, sign in ((3, "sum", -1), (4, "entropy", 1), (6, "iou", -1), (6, "iou", 1)):
         chromium.run(f"document.querySelectorAll('#ranking th button')[{column}].click()")
         expected = sorted(rows, key=lambda row: sign * row[key])

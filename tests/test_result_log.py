@@ -57,9 +57,7 @@ def test_no_flipped_bit_changes_a_result(log: ResultLog) -> None:
         assert found.count(None) <= 2, bit  # a damaged line break loses the lines on both sides
 
 
-@pytest.mark.parametrize(
-    "json", ["[" * 100_000, "1e999", '{"a": 1e999}', '{"a": NaN}', "[1]", "1" * 5000, "{"]
-)
+@pytest.mark.parametrize("json", ["[" * 100_000, "1e999", '{"a": 1e999}', '{"a": NaN}', "[1]", "1" * 5000, "{"])
 def test_a_line_with_invalid_json_is_ignored(log: ResultLog, json: str) -> None:
     """Even if its checksum is right."""
     content = f"{RESULTS[1][0].hex()} {json}".encode()

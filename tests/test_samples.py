@@ -53,9 +53,7 @@ def write(folder, *lines, name="sets/data.jsonl"):
 
 def test_minimal_line_becomes_a_sample(folder):
     loaded = load_samples(
-        write(
-            folder, '{"id": "example_1", "prompt": "What is in this image?", "image_path": "images/cat.png"}'
-        )
+        write(folder, '{"id": "example_1", "prompt": "What is in this image?", "image_path": "images/cat.png"}')
     )
     assert loaded.bad == []
     assert loaded.entries == [
@@ -225,9 +223,7 @@ def test_overlong_line_is_skipped(folder):
         write(folder, long, line(id="2"), long, line(prompt="b" * (MAX_LINE_BYTES // 2), id="4"), long)
     )
     assert [(sample.id, sample.line) for sample in loaded.entries] == [("2", 2), ("4", 4)]
-    assert [(bad.line, bad.reason) for bad in loaded.bad] == [
-        (n, "the line is longer than 1 MB") for n in (1, 3, 5)
-    ]
+    assert [(bad.line, bad.reason) for bad in loaded.bad] == [(n, "the line is longer than 1 MB") for n in (1, 3, 5)]
 
 
 @pytest.mark.parametrize(
@@ -321,9 +317,7 @@ def test_image_that_is_an_lfs_pointer_is_reported(folder):
 # ------------------------------------------------------------------------------------------------- boxes
 
 
-@pytest.mark.parametrize(
-    "kind", [list, np.array, torch.tensor, lambda box: (np.float32(1), np.int64(2), *box[2:])]
-)
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda box: (np.float32(1), np.int64(2), *box[2:])])
 def test_sample_converts_any_kind_of_box(kind):
     sample = Sample("a.png", "the cat", bbox=kind([1, 2, 3, 4.5]))
     assert sample.bbox == (1.0, 2.0, 3.0, 4.5)
@@ -407,9 +401,7 @@ def test_box_scale_check_raises_or_warns_with_an_example(caplog):
     boxes = [TrueBox("line 3 (a)", (290, 340, 840, 830), (384, 384))]
     check_box_scale(boxes, "data_file")
     assert "data_file: 1 of 1 boxes" in caplog.text
-    with pytest.raises(
-        UsageError, match=r"such as \[290, 340, 840, 830\] in an image of 384 x 384 pixels \(line 3"
-    ):
+    with pytest.raises(UsageError, match=r"such as \[290, 340, 840, 830\] in an image of 384 x 384 pixels \(line 3"):
         check_box_scale(boxes * 2, "data_file")
 
 
@@ -420,9 +412,7 @@ def test_image_headers_of_a_large_data_set_are_sampled(folder):
     assert sum(one.size == (4, 3) for one in found) == MAX_HEADERS_READ - 1  # the last file is missing
 
 
-@given(
-    st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=2), st.none()), max_size=6)
-)
+@given(st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=2), st.none()), max_size=6))
 def test_check_box_accepts_only_ordered_finite_numbers(value):
     try:
         box = check_box(value)

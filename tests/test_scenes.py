@@ -69,9 +69,7 @@ def test_boxes_are_tight_around_disjoint_masks(size):
         assert sum(o.mask.astype(int) for o in scene.objects).max() == 1
         for o in scene.objects:
             rows, columns = np.nonzero(o.mask)
-            assert (
-                o.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == tight_box(o.mask)
-            )
+            assert o.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == tight_box(o.mask)
 
 
 def test_scene_is_the_same_at_any_size():
@@ -102,9 +100,7 @@ def could_mean(text, o, scene):
             return o.name == noun and holds and not sideways
     if words[-2] in ("with", "has") if len(words) > 1 else False:
         return FEATURES[o.name] == words[-1] and words[0] in (o.kind, "thing", "object")
-    noun = next(
-        w for w in words if w in NAMES or w in ("thing", "object") or w in {a.kind for a in scene.objects}
-    )
+    noun = next(w for w in words if w in NAMES or w in ("thing", "object") or w in {a.kind for a in scene.objects})
     same = [a for a in scene.objects if noun in (a.name, a.kind, "thing", "object")]
     (word,) = {w for w in words if w not in (noun, "on", "at", "the")} or {None}
     if word in ("left", "right", "top", "bottom"):

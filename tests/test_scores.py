@@ -132,9 +132,7 @@ class TestSummary:
 
     def test_is_json_and_deterministic(self) -> None:
         ious = np.random.default_rng(0).random((30, 2)).tolist()
-        methods = {
-            name: [[Score(iou[i], True, 0.5)] for iou in ious] for i, name in enumerate(("heads", "other"))
-        }
+        methods = {name: [[Score(iou[i], True, 0.5)] for iou in ious] for i, name in enumerate(("heads", "other"))}
         text = json.dumps(summarize(methods, seed=3), allow_nan=False)
         assert text == json.dumps(summarize(methods, seed=3), allow_nan=False)
         assert text != json.dumps(summarize(methods, seed=4), allow_nan=False)

@@ -64,9 +64,7 @@ class TestInteriorPoints:
         assert interior_points(found, 3) == [(2.5, 5)]
 
     @settings(max_examples=50)
-    @given(
-        hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8)), st.integers(1, 6)
-    )
+    @given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8)), st.integers(1, 6))
     def test_points_are_deep_and_far_apart(self, mask, count):
         found = grounded(mask)
         points = interior_points(found, count)
@@ -275,9 +273,7 @@ class TestSam:
         assert prompts["input_points"][0, 0].numpy() == pytest.approx(expected)
         assert prompts["input_labels"].tolist() == [[[1, 1, 0, 0]]]
         image = noise(160, 80)
-        masks = [
-            with_prompts(sam, "points", points=kind).segment(image, found) for kind in ("positive", "signed")
-        ]
+        masks = [with_prompts(sam, "points", points=kind).segment(image, found) for kind in ("positive", "signed")]
         assert (masks[0] != masks[1]).any()  # the labels have an effect
 
     def test_a_box_full_of_the_object_has_no_background_points(self, sam):
@@ -459,9 +455,7 @@ class TestGrabCut:
     def test_a_large_image_is_segmented_at_a_small_size(self, monkeypatch):
         seen = []
         original = grabcut.cut
-        monkeypatch.setattr(
-            grabcut, "cut", lambda pixels, *rest: seen.append(pixels.shape) or original(pixels, *rest)
-        )
+        monkeypatch.setattr(grabcut, "cut", lambda pixels, *rest: seen.append(pixels.shape) or original(pixels, *rest))
         size = (4000, 3000)
         image, truth = disc()
         image, truth = image.resize(size), np.asarray(Image.fromarray(truth).resize(size))

@@ -259,9 +259,7 @@ def ranked(seen: Sequence[Seen], *, mirrored: bool = True) -> HeadRanking:
     statistics = [head_statistics(one.own) for one in seen]
     sums = np.stack([one.attention_sum for one in statistics])
     ranking = rank_heads(sums, np.stack([one.spatial_entropy for one in statistics]), options=ROBUST, top_n=3)
-    samples = [
-        sensitivity_statistics(one.own, one.others, one.mirrored if mirrored else None) for one in seen
-    ]
+    samples = [sensitivity_statistics(one.own, one.others, one.mirrored if mirrored else None) for one in seen]
     return add_sensitivity(ranking, mean_sensitivity(samples, [1] * len(seen), seen[0].own.shape[:2]))
 
 
@@ -313,9 +311,7 @@ def test_a_store_holds_sensitivity_and_another_has_none(tmp_path: Path) -> None:
     assert len(plain) == 0
     assert plain.rows([]).sensitivity_statistics() is None
     with pytest.raises(ValueError, match="NaN"):
-        opened().append(
-            [b"x" * 16], *np.full((3, 1, 3, 4), np.nan), np.ones((1, 3, 4)), *np.ones((2, 1, 3, 4))
-        )
+        opened().append([b"x" * 16], *np.full((3, 1, 3, 4), np.nan), np.ones((1, 3, 4)), *np.ones((2, 1, 3, 4)))
 
 
 # --------------------------------------------------------------------------------------------- the stages
@@ -354,9 +350,7 @@ def test_find_rank_batch_and_python_agree(data: Front, lvlm: LVLM) -> None:
     assert [head["sensitivity"] for head in found["heads"]] == pytest.approx(
         [head.sensitivity for head in ranking.kept], abs=1e-5
     )
-    assert [list(head.address) for head in ranking.kept] == [
-        [head["layer"], head["head"]] for head in found["heads"]
-    ]
+    assert [list(head.address) for head in ranking.kept] == [[head["layer"], head["head"]] for head in found["heads"]]
 
 
 def test_paper_criteria_rank_from_a_store_with_sensitivity_as_from_their_own(data: Front) -> None:
@@ -450,27 +444,19 @@ def test_a_sample_picks_its_own_heads_by_sensitivity(data: Front, lvlm: LVLM) ->
     )  # fmt: skip
     expected = sorted(passing, key=lambda head: round(overlaps[head], 6))[:3]
     assert expected != passing[:3]
-    result = data.finder(
-        "stage=ground", "image_file=image_0.png", "query=the dog", "heads=greedy", "criteria=robust"
-    )
+    result = data.finder("stage=ground", "image_file=image_0.png", "query=the dog", "heads=greedy", "criteria=robust")
     assert result.status == 0, result.err
     (line,) = data.out.glob("attention/*_prediction.jsonl")
     assert json.loads(line.read_text())["heads"] == [list(head) for head in expected]
     assert lvlm.pick_own_heads(image, "the dog", ROBUST) == expected
     paper = lh.ground(lvlm, image, "the dog", heads="greedy")
     assert paper.heads == tuple(passing[:3])
-    batch = data.finder(
-        "stage=batch", "data_file=data.jsonl", "end_index=1", "heads=greedy", "criteria=robust"
-    )
+    batch = data.finder("stage=batch", "data_file=data.jsonl", "end_index=1", "heads=greedy", "criteria=robust")
     assert batch.status == 0, batch.err
-    assert json.loads((data.out / "predictions.jsonl").read_text())["heads"] == [
-        list(head) for head in expected
-    ]
+    assert json.loads((data.out / "predictions.jsonl").read_text())["heads"] == [list(head) for head in expected]
 
 
-def test_doctor_names_the_heads_that_follow_and_warns_of_others(
-    data: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_names_the_heads_that_follow_and_warns_of_others(data: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's first heads are patched, so that they always differ."""
     asked = ("stage=doctor", "image_file=image_0.png", "query=the dog", "doctor.check=false")
     assert "they follow" not in data.finder(*asked).out
@@ -495,11 +481,7 @@ def test_tab5_has_a_row_for_sensitivity_if_it_was_measured() -> None:
     means = SensitivityStatistics(np.array([[0, 0], [0, 0], [0.1, 0.9]]), np.full((3, 2), np.nan))
     recipes = criteria_recipes(replace(study, sensitivity=means))
     assert recipes[ROBUST_ROW].heads_of(0) == ((2, 1),)
-    assert (
-        recipes["both", "fixed"].heads_of(0)
-        == ((2, 0),)
-        == criteria_recipes(study)["both", "fixed"].heads_of(0)
-    )
+    assert recipes["both", "fixed"].heads_of(0) == ((2, 0),) == criteria_recipes(study)["both", "fixed"].heads_of(0)
 
 
 def test_table_and_report_name_resting_heads() -> None:

@@ -58,9 +58,7 @@ def three() -> AttentionMaps:
 
 
 def grounder(segmenter: Any = None, **options: Any) -> Grounder:
-    return Grounder(
-        (lh.Head(0, 0),), CriteriaOptions(), GroundingOptions(sigma=0.0, **options), segmenter=segmenter
-    )
+    return Grounder((lh.Head(0, 0),), CriteriaOptions(), GroundingOptions(sigma=0.0, **options), segmenter=segmenter)
 
 
 def test_components_by_hand() -> None:
@@ -80,9 +78,7 @@ def test_the_segmenters_boxes_are_scored_and_duplicates_left_out() -> None:
     assert [one.score for one in found] == [12 / 16, 4 / 16]
     assert [one.mask_from for one in found] == ["pixels", "pixels"]
     assert (found[0].mask == masks[1]).all()
-    assert all(
-        one.score == mass_inside(one.combined, one.image_box, one.image_size, one.box) for one in found
-    )
+    assert all(one.score == mass_inside(one.combined, one.image_box, one.image_size, one.box) for one in found)
 
 
 def test_where_nothing_stands_out_it_is_the_whole_image() -> None:
@@ -185,9 +181,7 @@ def test_evaluate_scores_several_boxes(front: Front, monkeypatch: pytest.MonkeyP
         {"bboxes": [[0, 0, 9, 9], [30, 9, 60, 40]]},
     ]
     truths.append({"bbox": None, "absent": True})
-    write_lines(
-        front.folder / "data.jsonl", [entry | truth for entry, truth in zip(entries, truths, strict=True)]
-    )
+    write_lines(front.folder / "data.jsonl", [entry | truth for entry, truth in zip(entries, truths, strict=True)])
     options = ("stage=evaluate", "data_file=data.jsonl", "controls=false", "report=false")
     result = front.finder(*options, "instances=all")
     assert result.status == 0, result.err
@@ -244,9 +238,7 @@ def test_the_figure_numbers_all_boxes(tmp_path: Any) -> None:
     found = grounder().ground_all(three(), None)
     objects = [figures.DetectedObject("the dogs", one.box, one.score, one.mask) for one in found]
     image = Image.new("RGB", (80, 80), "grey")
-    drawn = figures.plot_instances(
-        image, found[0], objects, tmp_path / "all.png", truths=[A, B], expression="the dogs"
-    )
+    drawn = figures.plot_instances(image, found[0], objects, tmp_path / "all.png", truths=[A, B], expression="the dogs")
     assert [text.get_text() for text in drawn.axes[0].texts] == ["1", "2", "3"]
     assert Image.open(tmp_path / "all.png").size[0] > 300
 
@@ -275,9 +267,7 @@ def test_a_plural_is_asked_in_the_singular_and_by_places(lvlm: Any, monkeypatch:
     image = Image.open("examples/images/octopus_14.png").convert("RGB")
     asked: list[str] = []
     ask = type(lvlm).located_prompt
-    monkeypatch.setattr(
-        type(lvlm), "located_prompt", lambda self, text: asked.append(text) or ask(self, text)
-    )
+    monkeypatch.setattr(type(lvlm), "located_prompt", lambda self, text: asked.append(text) or ask(self, text))
     options = GroundingOptions(component="largest_mass")
     found = lh.ground_all(lvlm, image, "the octopuses", options=options, segmenter=None)
     assert "the octopus" in asked and "the octopuses" not in asked
@@ -293,9 +283,7 @@ def test_a_plural_is_asked_in_the_singular_and_by_places(lvlm: Any, monkeypatch:
     maps = [lvlm.attend(image, f"the octopus {place}").attention for place in places]
     total = np.zeros(maps[0].shape[-2:])
     for head in heads:
-        total += np.mean([m[head] / m[head].sum() for m in maps], axis=0) * np.mean(
-            [m[head].sum() for m in maps]
-        )
+        total += np.mean([m[head] / m[head].sum() for m in maps], axis=0) * np.mean([m[head].sum() for m in maps])
     alone = AttentionMaps(total[None, None].astype(np.float32), (0, 0, *image.size), image.size)
     expected = ground_instances(alone, [lh.Head(0, 0)], options, least=0.3)
     np.testing.assert_allclose([one.box for one in spread], [one.box for one in expected], atol=1e-3)
@@ -358,9 +346,7 @@ def test_a_sam_proposes(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     assert found[0].mask_from == kind and found[0].mask.shape == (80, 80)
     whole = ground_maps(maps, [lh.Head(0, 0)], GroundingOptions(sigma=0.0))
     expected = select_proposals(whole, sam.propose(image), kind)
-    assert {one.box for one in found if one.mask_from == kind} >= {
-        max(expected, key=lambda one: one.score).box
-    }
+    assert {one.box for one in found if one.mask_from == kind} >= {max(expected, key=lambda one: one.score).box}
 
 
 def test_proposals_from_the_command_line(front: Front) -> None:

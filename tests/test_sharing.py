@@ -54,9 +54,7 @@ def assert_equals_single_prompts(
         assert layer is None or not maps.attention[layer + 1 :].any()
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2_vl", "internvl", "idefics3", "gemma3", "mllama", "qwen3_5", "gemma4"]
-)
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "idefics3", "gemma3", "mllama", "qwen3_5", "gemma4"])
 @pytest.mark.parametrize("query_token", SPANLESS)
 def test_every_query_token_equals_single_prompts(name: str, query_token: str) -> None:
     lvlm, image = copy.copy(tiny(name)), coordinate_image(110, 150)
@@ -216,9 +214,7 @@ def test_rotary_scaling_below_the_trained_length_equals_single_prompts(
     image, words = coordinate_image(110, 150), ["the dog", "the red car", "dog left in this image"]
     alone = [lvlm.attend(image, expression) for expression in words]
     asked: list[object] = []
-    monkeypatch.setattr(
-        sharing, "prepare_unshared", lambda *given: asked.append(given) or prepare_unshared(*given)
-    )
+    monkeypatch.setattr(sharing, "prepare_unshared", lambda *given: asked.append(given) or prepare_unshared(*given))
     encoded = lvlm.encode_image(image)
     assert encoded.shares
     for expression, one in zip(words, alone, strict=True):
@@ -280,9 +276,7 @@ def test_num_bytes_counts_the_kv_cache_and_the_pixels(lvlm: LVLM, image: Image.I
     assert 0.9 * most < encoded.num_bytes - pixels < 1.1 * most
 
 
-def test_boxes_of_a_downscaled_image_are_in_its_original_pixels(
-    lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_boxes_of_a_downscaled_image_are_in_its_original_pixels(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     image = coordinate_image(80, 40)
     small = lvlm.attend(image.reduce(2), "the dog")
     monkeypatch.setattr("localization_heads.data.images.MAX_MODEL_PIXELS", 1000)

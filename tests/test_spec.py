@@ -104,9 +104,7 @@ def test_an_option_equal_to_the_chosen_file_is_kept_if_the_user_wrote_it(tmp_pat
 
 
 def test_a_local_copy_of_a_known_checkpoint_keeps_its_settings(tmp_path: Path) -> None:
-    spec = compose_spec(
-        values("llava", name=str(tmp_path)), "llava", ["model=llava", f"model.name={tmp_path}"]
-    )
+    spec = compose_spec(values("llava", name=str(tmp_path)), "llava", ["model=llava", f"model.name={tmp_path}"])
     assert (spec.name, spec.heads, spec.pad_to_square) == (str(tmp_path), known_specs()["llava"].heads, True)
 
 

@@ -56,9 +56,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def same(a: AttentionMaps, b: AttentionMaps) -> bool:
-    return np.array_equal(a.attention, b.attention) and vars(a) | {"attention": 0} == vars(b) | {
-        "attention": 0
-    }
+    return np.array_equal(a.attention, b.attention) and vars(a) | {"attention": 0} == vars(b) | {"attention": 0}
 
 
 # ---------------------------------------------------------------------------------------- attention files

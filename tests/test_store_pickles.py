@@ -106,9 +106,7 @@ def _stack_global(module: str, name: str) -> bytes:
     return text + b"\x93"
 
 
-EMPTY = (
-    b"\x80\x04" + _stack_global("numpy._core.multiarray", "_reconstruct") + _stack_global("numpy", "ndarray")
-)
+EMPTY = b"\x80\x04" + _stack_global("numpy._core.multiarray", "_reconstruct") + _stack_global("numpy", "ndarray")
 EMPTY += b"K\x00\x85C\x01b\x87R"
 ENCODE = _stack_global("_codecs", "encode")
 

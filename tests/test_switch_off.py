@@ -48,9 +48,7 @@ def without_weights(lvlm: LVLM, heads: Sequence[tuple[int, int]]) -> nn.Module:
     copy = deepcopy(lvlm.model)
     modules = attention_modules(copy)
     for layer, head in heads:
-        projection = next(
-            part for name, part in modules[layer].named_children() if name in ("o_proj", "out_proj")
-        )
+        projection = next(part for name, part in modules[layer].named_children() if name in ("o_proj", "out_proj"))
         size = projection.weight.shape[1] // lvlm.num_heads
         with torch.no_grad():
             projection.weight[:, head * size : (head + 1) * size] = 0
@@ -84,9 +82,7 @@ def test_mean_equals_the_mean_by_hand(image: Image.Image) -> None:
     seen: list[torch.Tensor] = []
 
     def run() -> None:
-        hook = output_projection(lvlm, layer).register_forward_pre_hook(
-            lambda _, args: seen.append(args[0].clone())
-        )
+        hook = output_projection(lvlm, layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
         logits(lvlm.model, inputs)
         hook.remove()
 

@@ -117,9 +117,7 @@ def test_a_narrow_screen_keeps_names_and_numbers_whole() -> None:
     columns = (
         "head", "selection frequency (%)", "mean IoU (%)", "pointing (%)", "its IoU's rank among all heads",
     )  # fmt: skip
-    found = FindingTable(
-        columns, (("L14H24", "100.0", "56.3", "83.3", "2"), ("L2H0", "9.1", "5.0", "1.2", "17"))
-    )
+    found = FindingTable(columns, (("L14H24", "100.0", "56.3", "83.3", "2"), ("L2H0", "9.1", "5.0", "1.2", "17")))
     text = printed(finding_table(found), 80)
     assert "L14H24" in text and "L2H0" in text and "100.0" in text
     assert "rank" in text and "heads" in text and "…" not in text

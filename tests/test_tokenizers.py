@@ -66,9 +66,7 @@ def test_bos_is_added_once(name: str, conv_mode: str) -> None:
 
 @pytest.mark.parametrize("setting", [True, False, None, "yes"])
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_tokenizer_that_ignores_add_bos_token_is_noted(
-    setting: Any, adds_bos: bool, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_ignores_add_bos_token_is_noted(setting: Any, adds_bos: bool, tmp_path: Path) -> None:
     save_llava(tmp_path)
     path = tmp_path / "tokenizer.json"
     if adds_bos:

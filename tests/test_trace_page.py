@@ -146,9 +146,7 @@ def test_pages_stay_small() -> None:
 ODD = ["abcdefgh" * 30, "左边的猫", "$\\frac{1}{", "<b>"]
 
 
-@pytest.mark.parametrize(
-    ("size", "words"), [(SIZE, []), ((40, 400), ["yes"]), ((400, 40), ODD), (SIZE, ODD * 8)]
-)
+@pytest.mark.parametrize(("size", "words"), [(SIZE, []), ((40, 400), ["yes"]), ((400, 40), ODD), (SIZE, ODD * 8)])
 def test_texts_of_the_figure_are_not_clipped(size: tuple[int, int], words: list[str]) -> None:
     trace = made_trace(words, image_size=size, image_box=(0.0, 0.0, *map(float, size)))
     figure = figures.plot_trace(noise(size), trace)
@@ -235,9 +233,7 @@ def test_wrong_use_ends_with_one_line(front: Front, options: list[str], message:
 
 @needs_chromium
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)])
-def test_words_can_be_chosen_with_the_keyboard(
-    chromium: Browser, tmp_path: Path, width: int, dark: bool
-) -> None:
+def test_words_can_be_chosen_with_the_keyboard(chromium: Browser, tmp_path: Path, width: int, dark: bool) -> None:
     """The page never scrolls sideways, requests nothing, and runs no hostile text."""
     hostile = "".join(HOSTILE.split())
     path = tmp_path / "trace.html"

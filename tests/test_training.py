@@ -99,9 +99,7 @@ def test_attention_dropout_affects_image_tokens_only():
     q = torch.randn(2, 3, 4, 8)
     full, halved = attend(q, q, q)[0], attend(q, q, q, keep=torch.full((2, 1, 4, 4), 0.5))[0]
     torch.testing.assert_close(halved, full / 2)
-    keep = FastForward(build_model(SMALL), image_dropout=0.3)._image_dropout_factors(
-        q, 5, len(PREFIX) + 5 + 4
-    )
+    keep = FastForward(build_model(SMALL), image_dropout=0.3)._image_dropout_factors(q, 5, len(PREFIX) + 5 + 4)
     assert set(keep[..., : len(PREFIX)].unique().tolist()) == {1.0}
     assert set(keep[..., -4:].unique().tolist()) == {1.0}
 
@@ -177,9 +175,7 @@ def blind_baseline(batch_kind):
     stage = replace(RECIPE.stages[-1], start=0, mix=tuple(float(batch_kind == i) for i in range(3)))
     maker = BatchMaker(replace(RECIPE, stages=(stage,)))
     batches = [maker.make(step) for step in range(20)]
-    targets, weights = (
-        torch.cat([getattr(b, name).flatten() for b in batches]) for name in ("targets", "weights")
-    )
+    targets, weights = (torch.cat([getattr(b, name).flatten() for b in batches]) for name in ("targets", "weights"))
     shares = torch.bincount(targets, weights) / weights.sum()
     firsts = torch.bincount(torch.cat([b.targets[b.firsts] for b in batches]))
     return float(-torch.xlogy(shares, shares).sum()), float(firsts.max() / firsts.sum())
@@ -341,8 +337,7 @@ def test_comparisons_have_a_weight_of_their_own():
         scene = render_scene(seed, repeats=1.0)
         names = [o.name for o in scene.objects]
         kinds = {
-            f"{e.text} .": e.kind if names.count(names[e.object_index]) > 1 else "other"
-            for e in scene.expressions
+            f"{e.text} .": e.kind if names.count(names[e.object_index]) > 1 else "other" for e in scene.expressions
         }
         if {"place", "relation"} & set(kinds.values()):
             turns = scene_turns(scene, Random(0), weights={"comparison": 1e9})
@@ -422,9 +417,7 @@ def test_export_averages_the_weights_of_runs(tmp_path, monkeypatch):
     for seed in range(3):
         (tmp_path / f"run {seed}" / "recipe.json").write_text(json.dumps(asdict(recipe)))
     folders = [str(tmp_path / f"run {seed}") for seed in range(3)]
-    monkeypatch.setattr(
-        "sys.argv", ["export", folders[0], str(tmp_path / "model"), "--mean-with", *folders[1:]]
-    )
+    monkeypatch.setattr("sys.argv", ["export", folders[0], str(tmp_path / "model"), "--mean-with", *folders[1:]])
     export_main()
     written = mean_weights([tmp_path / "model"])
     parts = [dict(run.named_parameters()) for run in runs]

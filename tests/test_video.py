@@ -59,12 +59,8 @@ def test_known_frames_are_not_decoded(tmp_path: Path) -> None:
     assert [frame.image is None for frame in found] == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("size", "written"), [((65, 47), (64, 48)), ((4000, 30), (1920, 14)), ((1, 1), (2, 2))]
-)
-def test_written_video_is_scaled_and_even(
-    size: tuple[int, int], written: tuple[int, int], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("size", "written"), [((65, 47), (64, 48)), ((4000, 30), (1920, 14)), ((1, 1), (2, 2))])
+def test_written_video_is_scaled_and_even(size: tuple[int, int], written: tuple[int, int], tmp_path: Path) -> None:
     """The codec needs even sides, and the longer one is limited."""
     assert open_video(clip(tmp_path / "clip.mp4", 2, size=size)).size == written
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]

@@ -116,19 +116,13 @@ def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: 
     lvlm, plain = lh.load_model(device="cpu"), {"options": GroundingOptions(), "segmenter": None}
     assert front.finder(*OPTIONS, "batch_size=3").status == 0
     chunks = [list(chunk) for chunk in calls]
-    asked = {
-        expression: (lvlm, f"image_{number}.png", expression) for number, expression in enumerate(EXPRESSIONS)
-    }
+    asked = {expression: (lvlm, f"image_{number}.png", expression) for number, expression in enumerate(EXPRESSIONS)}
 
     def looked_at_closer(heads: list[lh.Head]) -> list[list[str]]:
-        return [
-            [one for one in chunk if crop_around(lh.ground(*asked[one], heads, **plain))] for chunk in chunks
-        ]
+        return [[one for one in chunk if crop_around(lh.ground(*asked[one], heads, **plain))] for chunk in chunks]
 
     pairs = ([lh.Head(2, one), lh.Head(3, other)] for one in range(8) for other in range(8))
-    heads, closer = next(
-        (pair, parts) for pair in pairs if sorted(map(len, parts := looked_at_closer(pair))) == [1, 2]
-    )
+    heads, closer = next((pair, parts) for pair in pairs if sorted(map(len, parts := looked_at_closer(pair))) == [1, 2])
     found = {
         expression: (
             lh.ground(*ask, heads, **plain),

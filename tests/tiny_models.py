@@ -25,9 +25,7 @@ WORDS = ["the", "red", "car", "dog", "left", "in", "this", "image", ".", ",", "?
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {
-        word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])
-    }
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(

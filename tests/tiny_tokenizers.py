@@ -88,14 +88,11 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     merges = [("t", "h"), ("th", "e"), ("d", "o"), ("do", "g"), ("i", "n"), ("▁", "dog"), ("▁", "in")]
     tokenizer = Tokenizer(models.BPE(LLAMA_IDS, merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **{
-            f"{name}_token": f"<{word}>"
-            for name, word in (("pad", "pad"), ("bos", "s"), ("eos", "/s"), ("unk", "unk"))
+            f"{name}_token": f"<{word}>" for name, word in (("pad", "pad"), ("bos", "s"), ("eos", "/s"), ("unk", "unk"))
         },
         extra_special_tokens={"image_token": "<image>"},
     )

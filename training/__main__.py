@@ -18,22 +18,14 @@ from training.workers import run
 def main() -> None:
     """Parse the options and train."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/main"), help="folder of the checkpoint and the log"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/main"), help="folder of the checkpoint and the log")
     for name in ("steps", "workers", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Recipe(), name))
-    parser.add_argument(
-        "--device", default="cpu", help="on a GPU, one process trains the batches of all workers"
-    )
+    parser.add_argument("--device", default="cpu", help="on a GPU, one process trains the batches of all workers")
     parser.add_argument("--loaders", type=int, default=8, help="data-loading processes for a GPU (8)")
-    parser.add_argument(
-        "--answer-places", action="store_true", help="ablation: location words in the answers"
-    )
+    parser.add_argument("--answer-places", action="store_true", help="ablation: location words in the answers")
     parser.add_argument("--weights", type=Path, help="start from the weights of this run or exported model")
-    parser.add_argument(
-        "--start", type=int, default=0, help="the step of the recipe at which to start, with --weights"
-    )
+    parser.add_argument("--start", type=int, default=0, help="the step of the recipe at which to start, with --weights")
     options = vars(parser.parse_args())
     if options["device"] != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device={options['device']}: there is no GPU here")

@@ -74,9 +74,7 @@ def shrink(model: LlavaForConditionalGeneration, side: int) -> LlavaForCondition
     tower = model.model.vision_tower
     embeddings = (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
     table = embeddings.position_embedding.weight.data
-    embeddings.position_embedding = nn.Embedding.from_pretrained(
-        torch.cat([table[:1], table[1:][cells]]), freeze=False
-    )
+    embeddings.position_embedding = nn.Embedding.from_pretrained(torch.cat([table[:1], table[1:][cells]]), freeze=False)
     embeddings.image_size, embeddings.num_patches = config.image_size, side**2
     embeddings.num_positions = side**2 + 1
     embeddings.position_ids = torch.arange(side**2 + 1)[None]

@@ -128,9 +128,7 @@ class BatchMaker:
             rng.randrange(TRAIN_SEEDS.stop),
             size=canvas.cells * self.model.patch_size,
             num_objects=rng.choice(canvas.num_objects) if canvas.num_objects else None,
-            style=str(SPRITES / rng.choice(stage.styles))
-            if rng.random() < stage.training_styles_share
-            else None,
+            style=str(SPRITES / rng.choice(stage.styles)) if rng.random() < stage.training_styles_share else None,
             span=canvas.cells / (canvas.scene_cells or self.model.grid),
             bars=_bars(rng) if rng.random() < self.recipe.bars_share else (0.0, 0.0),
             augment=rng.random() < stage.augment_share,
@@ -147,9 +145,7 @@ class BatchMaker:
         room = self.model.grid - (canvas.cells - 1) * stride
         starts = (rng.uniform(0, room) for _ in range(2))
         rows, columns = (np.floor(start + stride * np.arange(canvas.cells)) for start in starts)
-        cells = rows.clip(max=self.model.grid - 1)[:, None] * self.model.grid + columns.clip(
-            max=self.model.grid - 1
-        )
+        cells = rows.clip(max=self.model.grid - 1)[:, None] * self.model.grid + columns.clip(max=self.model.grid - 1)
         return cells.ravel().astype(np.int64)
 
     @staticmethod

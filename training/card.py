@@ -57,18 +57,12 @@ def numbers(now: dict, before: dict) -> Iterator[str]:
     yield _scores_row(f"**top 3 of the ranking** ({_head_names(_top(now))})", now["in style"]["top 3"])
     for key, name in ROWS.items():
         heads = now["heads of each"].get(key, ())
-        yield _scores_row(
-            f"{name} ({_head_names(heads)})" if 1 <= len(heads) <= 3 else name, now["contrasts"][key]
-        )
+        yield _scores_row(f"{name} ({_head_names(heads)})" if 1 <= len(heads) <= 3 else name, now["contrasts"][key])
     yield _scores_row("**top 3, held-out style**", now["held-out style"]["top 3"])
     yield _scores_row("top 3, images of 4:3, padded", now["padded"]["top 3"])
     yield _scores_row("a perfect map (the target's mask)", now["contrasts"][PERFECT])
-    yield _scores_row(
-        "the release before (mean of weights up to step 50,500): top 3", before["in style"]["top 3"]
-    )
-    yield _scores_row(
-        "the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"]
-    )
+    yield _scores_row("the release before (mean of weights up to step 50,500): top 3", before["in style"]["top 3"])
+    yield _scores_row("the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"])
     yield _scores_row("the release before: top 3, held-out style", before["held-out style"]["top 3"])
     yield from OLD_ROWS.splitlines()
 
@@ -124,9 +118,7 @@ def _criterion_row(now: dict, before: dict, number: str, both: str, alone: str) 
 
     def cell(report: dict) -> str:
         rows = zip(metrics, values(report, both), values(report, alone), strict=True)
-        return ", ".join(
-            f"{name} {value:.2f} and {value_alone:.2f}" for (_, name), value, value_alone in rows
-        )
+        return ", ".join(f"{name} {value:.2f} and {value_alone:.2f}" for (_, name), value, value_alone in rows)
 
     met = all(value > other for value, other in zip(values(now, both), values(now, alone), strict=True))
     target = f"the same: scores of the three heads (N = {number})"

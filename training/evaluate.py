@@ -87,9 +87,7 @@ def perfect_maps(results: list[SceneResult]) -> list[SceneResult]:
     return perfect
 
 
-def rank(
-    results: list[SceneResult], options: CriteriaOptions | None = None, top_n: int = TOP_N
-) -> HeadRanking:
+def rank(results: list[SceneResult], options: CriteriaOptions | None = None, top_n: int = TOP_N) -> HeadRanking:
     """The paper's label-free ranking."""
     maps = np.stack([r.maps for r in results])
     return rank_heads(attention_sum(maps), spatial_entropy(maps), options=options, top_n=top_n)
@@ -160,9 +158,7 @@ def compare(
         f"criterion 2 only, N = {PAPER_N}": [h.address for h in no_sum_paper_n.heads[:3]],
     }
     rows = {name: intervals(ground_all(results, heads).table()) for name, heads in settings.items()}
-    rows["a perfect map (the target's mask)"] = intervals(
-        ground_all(perfect_maps(results), [Head(0, 0)]).table()
-    )
+    rows["a perfect map (the target's mask)"] = intervals(ground_all(perfect_maps(results), [Head(0, 0)]).table())
     draws = [draw.table() for draw in random_heads(results, top)]
     rows["layer-matched random 3"] = intervals({k: np.mean([d[k] for d in draws], 0) for k in draws[0]})
     return {
@@ -225,8 +221,7 @@ def by_kind(results: list[SceneResult], top: list[Head]) -> dict:
     table["whole answer"] = np.array([all(r.answer_correct) for r in results])
     kinds = np.array([r.expression.kind for r in results])
     return {
-        kind: {"scenes": int((kinds == kind).sum())}
-        | {k: float(v[kinds == kind].mean()) for k, v in table.items()}
+        kind: {"scenes": int((kinds == kind).sum())} | {k: float(v[kinds == kind].mean()) for k, v in table.items()}
         for kind in dict.fromkeys(kinds.tolist())
     }
 
@@ -239,9 +234,7 @@ def comparison_samples(num_samples: int, size: int) -> Iterator[tuple[Scene, Exp
             return
         scene = render_scene(seed, size=size, repeats=1.0)
         names = [o.name for o in scene.objects]
-        places = [
-            e for e in scene.expressions if e.kind == "place" and names.count(names[e.object_index]) > 1
-        ]
+        places = [e for e in scene.expressions if e.kind == "place" and names.count(names[e.object_index]) > 1]
         if places:
             produced += 1
             yield scene, Random(seed).choice(places)

@@ -55,9 +55,7 @@ def draw_curves(log: Path, target: Path) -> None:
             if rows:
                 axis.plot([step for step, _ in rows], [numbers[key] for _, numbers in rows], label=name)
     for key in ("first_right", "answer_right", "top_pointing", "best_pointing", "mean_pointing"):
-        axes[3].plot(
-            [r["step"] for r in probes], [r["validation"][key] for r in probes], label=key.replace("_", " ")
-        )
+        axes[3].plot([r["step"] for r in probes], [r["validation"][key] for r in probes], label=key.replace("_", " "))
     titles = (
         "captions alone: loss",
         "conversations: loss",
@@ -112,9 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     options.docs.mkdir(parents=True, exist_ok=True)
     draw_curves(options.run / "log.jsonl", options.docs / "embedded-curves.png")
-    draw_sheet(
-        LlavaForConditionalGeneration.from_pretrained(options.model), options.docs / "embedded-scenes.jpg"
-    )
+    draw_sheet(LlavaForConditionalGeneration.from_pretrained(options.model), options.docs / "embedded-scenes.jpg")
 
 
 if __name__ == "__main__":

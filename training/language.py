@@ -96,9 +96,7 @@ def scene_turns(
     """
     if rng.random() < 0.6:
         yield list_turn(scene, rng)
-    informative = [
-        e for e in scene.expressions if len(scene.objects) > 1 or scene.objects[0].name not in e.text
-    ]
+    informative = [e for e in scene.expressions if len(scene.objects) > 1 or scene.objects[0].name not in e.text]
     by_kind: dict[str, list] = {}
     for expression in informative:
         by_kind.setdefault(_kind(expression, scene, weights or {}), []).append(expression)
@@ -109,9 +107,7 @@ def scene_turns(
             yield question_turn(scene, rng)
         else:
             kinds = list(by_kind)
-            kind = (
-                rng.choices(kinds, [weights.get(k, 1.0) for k in kinds])[0] if weights else rng.choice(kinds)
-            )
+            kind = rng.choices(kinds, [weights.get(k, 1.0) for k in kinds])[0] if weights else rng.choice(kinds)
             e = rng.choice(by_kind[kind])
             place = f"{_place(scene, e.object_index)} " if places else ""
             yield f"{_with_random_prefix(e.text, rng)} .", place + e.answer

@@ -21,8 +21,4 @@ class StepDataset(Dataset[Batch]):
 def prefetch_batches(recipe: Recipe, steps: range, loaders: int) -> Iterator[Batch]:
     """The batches of the steps in order, made by `loaders` processes ahead of time."""
     # batch_size=None: the dataset's items are batches already.
-    return iter(
-        DataLoader(
-            StepDataset(recipe), batch_size=None, sampler=steps, num_workers=loaders, prefetch_factor=3
-        )
-    )
+    return iter(DataLoader(StepDataset(recipe), batch_size=None, sampler=steps, num_workers=loaders, prefetch_factor=3))

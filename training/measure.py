@@ -43,9 +43,7 @@ def measure(
     return [_measure(model, scene, expression, cells) for scene, expression in samples]
 
 
-def _measure(
-    model: LlavaForConditionalGeneration, scene: Scene, expression: Expression, cells
-) -> SceneResult:
+def _measure(model: LlavaForConditionalGeneration, scene: Scene, expression: Expression, cells) -> SceneResult:
     grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
     start, image = len(PREFIX), [IDS["<image>"]] * grid**2
     prompt, answer = encode(f"{expression.text} ."), [*encode(expression.answer), IDS["</s>"]]

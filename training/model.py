@@ -102,9 +102,7 @@ class FastForward:
         image_keep: share of the image tokens that the language model sees, drawn at random.
     """
 
-    def __init__(
-        self, model: LlavaForConditionalGeneration, image_dropout: float = 0.0, image_keep: float = 1.0
-    ):
+    def __init__(self, model: LlavaForConditionalGeneration, image_dropout: float = 0.0, image_keep: float = 1.0):
         text = model.config.text_config
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
@@ -141,8 +139,7 @@ class FastForward:
     def _vision_layer(self, layer, x: Tensor) -> Tensor:
         attention, y = layer.self_attn, layer.layer_norm1(x)
         q, k, v = (
-            self._split_heads(p(y), self.vision_heads)
-            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            self._split_heads(p(y), self.vision_heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         x = x + attention.out_proj(attend(q, k, v)[0].transpose(1, 2).flatten(2))
         return x + layer.mlp.fc2(functional.gelu(layer.mlp.fc1(layer.layer_norm2(x))))
@@ -231,9 +228,7 @@ class FastForward:
             if streams[i].shape[1] == 0:
                 continue
             rows = 1 if i == 0 else batch
-            k, v = (
-                torch.cat([y.expand(rows, -1, -1, -1) for y in part[: i + 1]], 2) for part in (keys, values)
-            )
+            k, v = (torch.cat([y.expand(rows, -1, -1, -1) for y in part[: i + 1]], 2) for part in (keys, values))
             q = self._rotate(self._split_heads(attention.q_proj(normed[i]), self.heads), positions[i])
             keep = self._image_dropout_factors(q, streams[1].shape[1], k.shape[2]) if i == 2 else None
             mixed, weights = attend(q, k, v, biases[i], keep)

@@ -49,12 +49,8 @@ class Optimiser:
             else:
                 vectors.append(parameter)
         self.capped = [p for n, p in named if n.endswith(("q_proj.weight", "k_proj.weight"))]
-        self.momenta = {
-            shape: torch.zeros(len(ps), *shape, device=ps[0].device) for shape, ps in self.matrices.items()
-        }
-        self.adam = torch.optim.AdamW(
-            vectors, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
-        )
+        self.momenta = {shape: torch.zeros(len(ps), *shape, device=ps[0].device) for shape, ps in self.matrices.items()}
+        self.adam = torch.optim.AdamW(vectors, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)
         self.parameters = [p for _, p in named]
         self._cap()
 

@@ -265,10 +265,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read the recipe.json of a run."""
     values = json.loads(path.read_text())
     values["model"] = ModelRecipe(**values["model"])
-    canvases = (
-        Canvas(**c | {"num_objects": c["num_objects"] and tuple(c["num_objects"])})
-        for c in values["canvases"]
-    )
+    canvases = (Canvas(**c | {"num_objects": c["num_objects"] and tuple(c["num_objects"])}) for c in values["canvases"])
     stages = [s | {name: tuple(s[name]) for name in ("mix", "styles")} for s in values["stages"]]
     stages = [Stage(**s | {"kinds": tuple(map(tuple, s["kinds"]))}) for s in stages]
     values |= {"canvases": tuple(canvases), "stages": tuple(stages)}

@@ -33,14 +33,9 @@ class LiveTable:
 
     def _print_line(self, step: int) -> None:
         minutes = (time.monotonic() - self.started) / 60
-        cells = [
-            f"{tokens}: {' '.join(f'{v:.2f}' for v in n.values())}"
-            for tokens, n in sorted(self.averages.items())
-        ]
+        cells = [f"{tokens}: {' '.join(f'{v:.2f}' for v in n.values())}" for tokens, n in sorted(self.averages.items())]
         log.info("%7d %7.1f %6.3f | %s", step, minutes, self.trainer.rate_factor(), " | ".join(cells))
-        self._write(
-            {"step": step, "minutes": minutes, "canvases": {str(k): v for k, v in self.averages.items()}}
-        )
+        self._write({"step": step, "minutes": minutes, "canvases": {str(k): v for k, v in self.averages.items()}})
 
     def _probe(self, step: int) -> None:
         model = copy.deepcopy(self.trainer.model).cpu()

@@ -58,9 +58,7 @@ class Trainer:
         self.model = build_model(recipe.model).to(self.device)
         self.optimiser = Optimiser(self.model, recipe)
         self.half = HalfCopy(self.model) if recipe.half else None
-        self.forward = FastForward(
-            self.half.twin if self.half else self.model, recipe.image_dropout, recipe.image_keep
-        )
+        self.forward = FastForward(self.half.twin if self.half else self.model, recipe.image_dropout, recipe.image_keep)
         self.step = 0
         if (folder / CHECKPOINT).exists():
             self._load()
@@ -112,9 +110,7 @@ class Trainer:
         if batch.ids.shape[1] == 0:
             zero = torch.zeros(1, device=self.device)
             return zero[0], caption, zero, zero.expand(*batch.ids.shape, len(IDS))
-        states, looked = self.forward.text_states(
-            features, batch.cells, batch.ids, batch.offsets, batch.groups
-        )
+        states, looked = self.forward.text_states(features, batch.cells, batch.ids, batch.offsets, batch.groups)
         logits = self.forward.logits(states).float()
         losses = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         loss = (losses * batch.weights.flatten()).sum() / batch.weights.sum()

@@ -41,9 +41,7 @@ def _run_worker(worker: int, recipe: Recipe, folder: Path, rendezvous_file: str)
     torch.set_flush_denormal(True)
     if recipe.workers > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous_file}", rank=worker, world_size=recipe.workers
-        )
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=worker, world_size=recipe.workers)
     trainer, parent = Trainer(recipe, folder, worker), os.getppid()
     table = LiveTable(trainer) if worker == 0 else None
 

@@ -41,11 +41,7 @@ def _announce(run: Run) -> None:
 
     options = run.options
     # resolve_images: the text of an image's address omits secrets.
-    name = (
-        run.resolve_images(options.image_file)
-        if options.image_file
-        else options.video_file or options.data_file
-    )
+    name = run.resolve_images(options.image_file) if options.image_file else options.video_file or options.data_file
     line = f"stage={run.options.stage}  {run.spec.name}  {name or ''}".rstrip()
     show(printable(line), markup=False, highlight=False)
     _import_model_code()

@@ -187,9 +187,7 @@ def _show_result(run: Run, result: Result) -> int:
         if confidence := result.metrics.get("confidence"):
             tables.show(scores.confidence_table(confidence))
     elif result.outcomes:
-        tables.show(
-            tables.predictions_table(result.outcomes, describe_preset("grounding", run.options.grounding))
-        )
+        tables.show(tables.predictions_table(result.outcomes, describe_preset("grounding", run.options.grounding)))
     if result.outcomes and (line := heads.published_list_line(run)):
         tables.show(line, markup=False, highlight=False)
     for finding in result.findings:

@@ -84,9 +84,7 @@ class CommandLine(NamedTuple):
     overrides: tuple[str, ...]
 
 
-def run(
-    main: Callable[[CommandLine], int], config_name: str, program: str, argv: Sequence[str] | None = None
-) -> int:
+def run(main: Callable[[CommandLine], int], config_name: str, program: str, argv: Sequence[str] | None = None) -> int:
     """Compose and check the options of `config_name`, call `main` with them, and return the exit status.
 
     The status is 0 for success, 1 if some work failed and 2 for wrong use. An error is one line on standard error; a
@@ -168,9 +166,7 @@ def _quoted(value: str) -> str:
     return f"'{value}'"
 
 
-def _run_hydra(
-    main: Callable[[CommandLine], int], config_name: str, program: str, arguments: list[str]
-) -> int:
+def _run_hydra(main: Callable[[CommandLine], int], config_name: str, program: str, arguments: list[str]) -> int:
     try:
         import hydra
         from hydra.core.hydra_config import HydraConfig
@@ -210,9 +206,7 @@ def _run_hydra(
             raise WorkError(f"a job of the sweep ended with status {status}; its log says why")
         statuses.append(status)
 
-    entry = hydra.main(
-        version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
-    )(job)
+    entry = hydra.main(version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name)(job)
     with _hydra_environment([program, *flags, *overrides]):
         try:
             entry()
@@ -232,9 +226,7 @@ def _process_id() -> tuple[str, int]:
 
 def _job_error(error: Exception) -> str:
     """The message of the last exception in the traceback that submitit returns."""
-    matches = re.findall(
-        r"^[\w.]*?(\w+): (.+)$", str(error).split("You can check full logs")[0], re.MULTILINE
-    )
+    matches = re.findall(r"^[\w.]*?(\w+): (.+)$", str(error).split("You can check full logs")[0], re.MULTILINE)
     name, reason = matches[-1] if matches else ("", _one_line(error))
     return reason if name in ("UsageError", "WorkError") else f"a job of the sweep failed: {name}: {reason}"
 

@@ -60,9 +60,7 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
         columns += ["consis-\ntency"] if any(head.consistency is not None for head in ranking.kept) else []
         caption += f"; resting: {' '.join(str(head.address) for head in resting[:MAX_RESTING]) or 'none'}"
         caption += f" and {len(resting) - MAX_RESTING} more" if len(resting) > MAX_RESTING else ""
-    table = new_table(
-        f"Heads of {cell(ranking.model)} over {ranking.num_samples} samples", *columns, caption=caption
-    )
+    table = new_table(f"Heads of {cell(ranking.model)} over {ranking.num_samples} samples", *columns, caption=caption)
     for rank, head in enumerate(ranking.kept[: max(RANKING_ROWS, k)], start=1):
         entropy = "-" if head.spatial_entropy is None else f"{head.spatial_entropy:.3f}"
         frequency = f"{head.selection_frequency:.3f} ± {head.selection_frequency_std:.3f}"
@@ -96,8 +94,7 @@ def label_tables(labelled: LabelRanking) -> Iterator[Table]:
 def _curve_table(labelled: LabelRanking) -> Table:
     curve, unshrunk, k = labelled.curve, labelled.unshrunk_curve, labelled.recipe.k
     caption = (
-        f"without labels {curve.label_free:.3f}, all heads {curve.all_heads:.3f}, "
-        f"all labels {curve.all_labels:.3f}"
+        f"without labels {curve.label_free:.3f}, all heads {curve.all_heads:.3f}, all labels {curve.all_labels:.3f}"
     )
     columns = ["labels", "quality", *(["without shrinkage"] if unshrunk else []), f"same {k} heads"]
     table = new_table(f"The first {k} heads on entries not drawn", *columns, caption=caption)

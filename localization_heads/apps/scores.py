@@ -83,9 +83,7 @@ def _scores_table(metrics: Mapping[str, Any], shown: Sequence[str]) -> Table:
     methods = {"heads": metrics, **single, **metrics.get("controls", {})}
     for number, (name, row) in enumerate(methods.items()):
         is_narrow = len(shown) > ONE_LINE_INTERVALS
-        cells = [
-            _score_cell(row.get(metric), row.get(f"{metric}_interval", ()), is_narrow) for metric in shown
-        ]
+        cells = [_score_cell(row.get(metric), row.get(f"{metric}_interval", ()), is_narrow) for metric in shown]
         table.add_row(METHOD_NAMES.get(name, name), *cells, style="" if number else "bold")
     return table
 
@@ -187,9 +185,7 @@ def confidence_table(confidence: Mapping[str, Any]) -> Table:
 def calibration_table(calibration: Calibration) -> Table:
     """The cross-validated numbers of a calibration, and the names of its signals."""
     numbers = calibration.measured
-    counts = (
-        f"{numbers['num_right']} right, {numbers['num_wrong']} wrong, {numbers['num_absent']} of them absent"
-    )
+    counts = f"{numbers['num_right']} right, {numbers['num_wrong']} wrong, {numbers['num_absent']} of them absent"
     caption = f"of a right box: {_signals(calibration.right)}"
     if calibration.present is not None:
         caption = f"signals of presence: {_signals(calibration.present)}; {caption}"

@@ -42,9 +42,7 @@ TRACE_HEADS = 4
 """Heads that have a column in the table of a trace."""
 
 
-def new_table(
-    title: str, *columns: str, text_columns: Collection[str] = (), caption: str | None = None
-) -> Table:
+def new_table(title: str, *columns: str, text_columns: Collection[str] = (), caption: str | None = None) -> Table:
     """An empty table whose columns hold numbers, except `text_columns`, which may be folded."""
     table = Table(title=title, caption=caption)
     for column in columns:

@@ -104,9 +104,7 @@ def find_scale_problem(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) 
     ScaleProblem(description='all 2 boxes lie within the first pixel: they look like 0 to 1', example=0, is_error=True)
     """
     has_size = (sizes > 0).all(1)
-    in_first_pixel = ((boxes >= -0.1) & (boxes <= 1.1)).all(1) & ~(
-        has_size & (sizes <= TINY_IMAGE_SIDE).any(1)
-    )
+    in_first_pixel = ((boxes >= -0.1) & (boxes <= 1.1)).all(1) & ~(has_size & (sizes <= TINY_IMAGE_SIDE).any(1))
     if in_first_pixel.any():
         count = "all" if in_first_pixel.all() else f"{in_first_pixel.sum()} of the"
         description = f"{count} {len(boxes)} boxes lie within the first pixel: they look like 0 to 1"
@@ -122,8 +120,6 @@ def find_scale_problem(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) 
         return ScaleProblem(f"{count}: {explanation}", int(beyond.argmax()), bool(is_error))
     large = (sizes >= LARGE_IMAGE_SIDE).all(1)
     if within_1000 and large.sum() >= MIN_LARGE_IMAGES and boxes[large].max() > 500:
-        description = (
-            f"none of the {large.sum()} boxes in images of {LARGE_IMAGE_SIDE} pixels and more passes 1000"
-        )
+        description = f"none of the {large.sum()} boxes in images of {LARGE_IMAGE_SIDE} pixels and more passes 1000"
         return ScaleProblem(f"{description}: do they go from 0 to 1000?", int(large.argmax()), False)
     return None

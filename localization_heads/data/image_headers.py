@@ -25,9 +25,7 @@ MAX_EXTRA_TAG_BYTES = 1 << 20
 """Tags may hold four times the file's size plus this many bytes: their regions may overlap, but not much."""
 
 ByteOrder = Literal["little", "big"]
-_TIFF_SIGNATURES = tuple(
-    first + rest for first in (b"II", b"MM") for rest in (b"*\0", b"\0*", b"+\0", b"\0+")
-)
+_TIFF_SIGNATURES = tuple(first + rest for first in (b"II", b"MM") for rest in (b"*\0", b"\0*", b"+\0", b"\0+"))
 """All signatures that Pillow accepts as TIFF, including invalid ones."""
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _SUBDIRECTORY_TAGS = (0x8769, 0x8825, 0xA005)
@@ -51,9 +49,7 @@ def orientation(image: Image.Image) -> int:
     exif = image.info.get("exif")
     if image.format == "TIFF" or not isinstance(exif, bytes):
         return 1
-    value = next(
-        (tag.value for tag in _exif_tags(_strip_exif_prefix(exif)) if tag.number == ORIENTATION), None
-    )
+    value = next((tag.value for tag in _exif_tags(_strip_exif_prefix(exif)) if tag.number == ORIENTATION), None)
     return value if value is not None and 1 <= value <= 8 else 1
 
 

@@ -192,9 +192,7 @@ def open_raster(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image.
 
 
 @contextmanager
-def _open_checked(
-    name: str | Path | Address, file: BinaryIO, formats: Sequence[str]
-) -> Iterator[Image.Image]:
+def _open_checked(name: str | Path | Address, file: BinaryIO, formats: Sequence[str]) -> Iterator[Image.Image]:
     try:
         _check_file_start(name, file)
         with quiet_decoders():
@@ -248,9 +246,7 @@ def _check_pixels(name: str | Path | Address, size: tuple[int, int], limit: int 
         raise ImageError(name, "the image has no pixels")
     if width * height > limit:
         megapixels = width * height / 1e6
-        raise ImageError(
-            name, f"{width} x {height} = {megapixels:.4g} MP, over the limit of {limit / 1e6:.4g} MP"
-        )
+        raise ImageError(name, f"{width} x {height} = {megapixels:.4g} MP, over the limit of {limit / 1e6:.4g} MP")
 
 
 def _check_decoding_cost(name: str | Path | Address, file: BinaryIO, image: Image.Image) -> None:
@@ -331,9 +327,7 @@ def _white_level(image: Image.Image) -> float:
         return 255.0
     if image.mode.startswith("I;16"):
         return 65535.0
-    maximum = max(
-        float(_nonfinite_to_zero(np.asarray(strip)).max(initial=0.0)) for _, strip in iterate_strips(image)
-    )
+    maximum = max(float(_nonfinite_to_zero(np.asarray(strip)).max(initial=0.0)) for _, strip in iterate_strips(image))
     ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
     return next((white for white in ranges if maximum <= white), maximum)
 

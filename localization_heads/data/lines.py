@@ -20,9 +20,7 @@ from localization_heads.store.files import parse_json
 MAX_LINE_BYTES = 1 << 20
 
 
-def read_objects(
-    path: Path, option: str = "data_file"
-) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
+def read_objects(path: Path, option: str = "data_file") -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
     """Yield `(line number, object)` for each non-blank line, or `(line number, BadLineError)` if it is invalid.
 
     Raises UsageError if the file cannot be read or is clearly something else: a JSON value that spans lines, a JSON
@@ -74,9 +72,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | BadLineError:
     except ValueError as error:
         return BadLineError(str(error))
     if not isinstance(value, dict):
-        return BadLineError(
-            'not a JSON object: write {"id": ..., "prompt": ..., "image_path": ...} on each line'
-        )
+        return BadLineError('not a JSON object: write {"id": ..., "prompt": ..., "image_path": ...} on each line')
     return value
 
 
@@ -142,12 +138,7 @@ def extract_facts(entry: Mapping[str, Any]) -> dict[str, Fact]:
     """
     facts: dict[str, Fact] = {}
     for name, value in entry.items():
-        if (
-            len(facts) < MAX_FACTS
-            and name not in _NAMED_FIELDS
-            and len(name) <= MAX_FACT_LENGTH
-            and _is_fact(value)
-        ):
+        if len(facts) < MAX_FACTS and name not in _NAMED_FIELDS and len(name) <= MAX_FACT_LENGTH and _is_fact(value):
             facts[name] = value
     return facts
 
@@ -218,9 +209,7 @@ def _parse_regions(value: Any) -> tuple[Region, ...]:
         if not isinstance(region, dict):
             raise BadLineError(f'\'regions\', number {number}: write {{"bbox": [...], "answer": ...}}')
         try:
-            regions.append(
-                Region(check_box(region.get("bbox")), _parse_answer(region.get("answer"), "'answer'"))
-            )
+            regions.append(Region(check_box(region.get("bbox")), _parse_answer(region.get("answer"), "'answer'")))
         except BadLineError as error:
             raise BadLineError(f"'regions', number {number}: {error}") from error
     return tuple(regions)
@@ -236,9 +225,7 @@ def contains_answer(generated: str, answer: str) -> bool:
     """
     words, expected = _words(generated), _words(answer)
     last = len(words) - len(expected)
-    return bool(expected) and any(
-        words[start : start + len(expected)] == expected for start in range(last + 1)
-    )
+    return bool(expected) and any(words[start : start + len(expected)] == expected for start in range(last + 1))
 
 
 def _words(text: str) -> list[str]:

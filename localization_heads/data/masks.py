@@ -68,17 +68,13 @@ def merge_masks(sources: Sequence[MaskSource]) -> MaskSource:
     if not 0 < len(sources) <= MAX_MASKS:
         raise MaskError(f"{len(sources)} masks: an expression has 1 to {MAX_MASKS}")
     others = [item for item in sources if _is_mask_list([item])]
-    polygons = [
-        polygon for item in sources if not _is_mask_list([item]) for polygon in flatten_polygons(item)
-    ]
+    polygons = [polygon for item in sources if not _is_mask_list([item]) for polygon in flatten_polygons(item)]
     return [*others, polygons] if others and polygons else others or polygons
 
 
 def _is_mask_list(source: Sequence[Any]) -> bool:
     """Whether a list holds masks rather than polygons."""
-    return isinstance(source, list | tuple) and any(
-        isinstance(item, Mapping | Path | np.ndarray) for item in source
-    )
+    return isinstance(source, list | tuple) and any(isinstance(item, Mapping | Path | np.ndarray) for item in source)
 
 
 def _check_size(actual: tuple[int, ...], size: tuple[int, int]) -> None:
@@ -129,11 +125,7 @@ def _decode_rle(rle: Mapping[str, Any]) -> NDArray[np.bool_]:
 def rle_size(rle: Mapping[str, Any]) -> tuple[int, int]:
     """The validated `(H, W)` of a COCO RLE."""
     size = rle.get("size")
-    if (
-        not isinstance(size, list | tuple)
-        or len(size) != 2
-        or not all(type(n) is int and n > 0 for n in size)
-    ):
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise MaskError("the mask's 'size' must be [height, width]")
     if size[0] * size[1] > MAX_PIXELS:
         raise MaskError(f"the mask's 'size' {size[0]} x {size[1]} is over the limit")
@@ -186,9 +178,7 @@ def _is_point(value: object) -> bool:
 def _flatten_polygon(polygon: object) -> list[float]:
     if not isinstance(polygon, list | tuple):
         raise MaskError("a polygon of the mask is not a list of numbers")
-    coordinates = (
-        [x for point in polygon for x in point] if all(_is_point(p) for p in polygon) else list(polygon)
-    )
+    coordinates = [x for point in polygon for x in point] if all(_is_point(p) for p in polygon) else list(polygon)
     if len(coordinates) < 6 or len(coordinates) % 2:
         raise MaskError("a polygon of the mask needs three points or more, as [x, y, x, y, ...]")
     for value in coordinates:

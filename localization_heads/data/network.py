@@ -213,9 +213,7 @@ def _find_proxy(url: httpx.URL) -> str | None:
 def _read_body(response: httpx.Response, name: Address, max_bytes: int, deadline: float) -> bytes:
     """The body of a response. Raises ImageError or DownloadError for an error status or once a limit is exceeded."""
     if response.status_code >= 500:
-        raise DownloadError(
-            name, f"the server answers {response.status_code} {response.reason_phrase}".rstrip()
-        )
+        raise DownloadError(name, f"the server answers {response.status_code} {response.reason_phrase}".rstrip())
     if response.status_code != 200:
         raise ImageError(name, f"the server answers {response.status_code} {response.reason_phrase}".rstrip())
     if response.headers.get("content-encoding", "identity").lower() != "identity":

@@ -32,9 +32,7 @@ from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store.paths import attention_stem, check_id, local_path, reserved_stems
 
 _TRUTH_FIELDS = ("bbox", "bboxes", "mask", "masks")
-MULTI_IMAGE_ERROR = (
-    "its prompt has several images; only stage=ground, batch and find take that, and without zoom=true"
-)
+MULTI_IMAGE_ERROR = "its prompt has several images; only stage=ground, batch and find take that, and without zoom=true"
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ class Sample:
             if self.absent and self.has_truth:
                 raise BadLineError("it is marked absent but has a true box or mask: remove one of them")
             if isinstance(self.image, Together) and self.has_truth:
-                raise BadLineError(
-                    "it has a true box or mask, which belongs to one image, but its prompt has several"
-                )
+                raise BadLineError("it has a true box or mask, which belongs to one image, but its prompt has several")
         except BadLineError as error:
             raise UsageError(f"{sample_name(self)}: {error}") from error
 
@@ -172,9 +168,7 @@ def load_visualization_entries(data_file: str | Path) -> SampleFile[Visualizatio
     return _load_entries(local_path(data_file), _parse_visualization_entry)
 
 
-def _load_entries(
-    path: Path, parse: Callable[[Mapping[str, Any], str, int, Path], EntryT]
-) -> SampleFile[EntryT]:
+def _load_entries(path: Path, parse: Callable[[Mapping[str, Any], str, int, Path], EntryT]) -> SampleFile[EntryT]:
     """Parse every line of a file; `parse` takes the JSON object, its id, its line number and the file's folder."""
     entries: list[EntryT] = []
     bad: list[BadEntry] = []
@@ -246,9 +240,7 @@ class _ClaimedIds:
                 other, at = self._claimed[name]
                 if other == id:
                     raise BadLineError(f"the id {shown(id)} is already used on line {at}")
-                raise BadLineError(
-                    f"the id {shown(id)} would overwrite the files of {shown(other)} on line {at}"
-                )
+                raise BadLineError(f"the id {shown(id)} would overwrite the files of {shown(other)} on line {at}")
         self._claimed.update(dict.fromkeys(names, (id, line)))
 
 
@@ -325,9 +317,7 @@ def _parse_images(entry: Mapping[str, Any], folder: Path, allow_private: bool) -
         path = _require_text(entry, "image_path", ("image", "image_file"))
         return _parse_image(path, folder, allow_private)
     if field_name := next((name for name in (*_TRUTH_FIELDS, "ignore") if entry.get(name) is not None), None):
-        raise BadLineError(
-            f"'image_path' lists several images, but '{field_name}' belongs to one: leave it out"
-        )
+        raise BadLineError(f"'image_path' lists several images, but '{field_name}' belongs to one: leave it out")
     paths = (_require_text({"image_path": name}, "image_path") for name in names)
     return Together([_parse_image(path, folder, allow_private) for path in paths])
 
@@ -368,9 +358,7 @@ def _parse_mask(value: object, folder: Path) -> MaskSource:
     return flatten_polygons(value)
 
 
-def _parse_visualization_entry(
-    entry: Mapping[str, Any], id: str, line: int, folder: Path
-) -> VisualizationEntry:
+def _parse_visualization_entry(entry: Mapping[str, Any], id: str, line: int, folder: Path) -> VisualizationEntry:
     layer, head = _parse_index(entry, "layer"), _parse_index(entry, "head")
     if (layer is None) != (head is None):
         raise BadLineError("'layer' and 'head' go together: give both or neither")

@@ -56,9 +56,7 @@ class Together:
             raise ImageError("images of one prompt", "give a list of two or more")
         object.__setattr__(self, "images", tuple(self.images))
         if not 2 <= len(self.images) <= MAX_IMAGES:
-            raise ImageError(
-                "images of one prompt", f"{len(self.images)} given, but it must be 2 to {MAX_IMAGES}"
-            )
+            raise ImageError("images of one prompt", f"{len(self.images)} given, but it must be 2 to {MAX_IMAGES}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,9 +102,7 @@ def load_prompt_images(source: ImageSource | Together) -> PromptImages:
         pixels += images[-1].width * images[-1].height
         if pixels > MAX_TOTAL_PIXELS:
             limit = f"the limit of {MAX_TOTAL_PIXELS / 1e6:.4g} MP for the images of one prompt"
-            raise ImageError(
-                source_name(image) or "images of one prompt", f"with those before it, over {limit}"
-            )
+            raise ImageError(source_name(image) or "images of one prompt", f"with those before it, over {limit}")
     return LoadedImages(images)
 
 
@@ -121,9 +117,7 @@ def images_of(images: PromptImages | Together) -> tuple[Image.Image, ...]:
     listed = images.images if isinstance(images, Together) else (images,)
     decoded = tuple(image for image in listed if isinstance(image, Image.Image))
     if len(decoded) < len(listed):
-        raise ArgumentError(
-            "image: a model takes PIL images; ground and ground_all take paths and addresses as well"
-        )
+        raise ArgumentError("image: a model takes PIL images; ground and ground_all take paths and addresses as well")
     return decoded
 
 
@@ -223,9 +217,7 @@ def _from_file(file: Any) -> Image.Image:
 
 def _channels_last(tensor: Any) -> NDArray[Any]:
     """A tensor `[C, H, W]` or `[H, W]` as an array `[H, W, C]` or `[H, W]`; floats from 0 to 1 become uint8."""
-    values: NDArray[Any] = (
-        tensor.detach().cpu().float().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
-    )
+    values: NDArray[Any] = tensor.detach().cpu().float().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
     if values.ndim == 3 and values.shape[0] not in (1, 3, 4):
         raise ImageError("the tensor", f"of shape {list(values.shape)}: an image is [3, H, W]")
     if values.ndim == 3:

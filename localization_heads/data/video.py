@@ -72,14 +72,10 @@ def open_video(source: str | Path) -> Video:
         if not _is_container(file.read(16)):
             raise ImageError(path, "not a video that can be read (MP4, MOV, MKV, WebM or AVI)")
     with _open_capture(path) as capture:
-        width, height = (
-            int(capture.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
-        )
+        width, height = (int(capture.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
         if width * height > MAX_PIXELS:
-            raise ImageError(
-                path, f"{width} x {height} pixels: the limit is {MAX_PIXELS // 1_000_000} million"
-            )
+            raise ImageError(path, f"{width} x {height} pixels: the limit is {MAX_PIXELS // 1_000_000} million")
         ok, pixels = capture.read()
         if not ok or pixels is None:
             raise ImageError(path, "broken: its first frame cannot be decoded")

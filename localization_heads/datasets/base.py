@@ -286,9 +286,7 @@ def find_image_folders(images: Path | None, annotation_folder: Path, *names: str
     folders = [folder for name in names if (folder := root / name).is_dir()]
     if images is None and not folders:
         usual = " or ".join(str(annotation_folder / name) for name in names)
-        raise UsageError(
-            f"images= is missing: name the folder of the (unpacked) images, or put it at {usual}"
-        )
+        raise UsageError(f"images= is missing: name the folder of the (unpacked) images, or put it at {usual}")
     return [*([images] if images else []), *folders]
 
 

@@ -123,9 +123,7 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
         for element in ElementTree.fromstring(text).iter("object"):
             bndbox = element.find("bndbox")
             if bndbox is not None:
-                x0, y0, x1, y1 = (
-                    float(bndbox.findtext(name) or "") - 1 for name in ("xmin", "ymin", "xmax", "ymax")
-                )
+                x0, y0, x1, y1 = (float(bndbox.findtext(name) or "") - 1 for name in ("xmin", "ymin", "xmax", "ymax"))
                 for name in element.findall("name"):
                     boxes.setdefault((name.text or "").strip(), []).append((x0, y0, x1, y1))
     except (ElementTree.ParseError, ValueError, RecursionError) as error:

@@ -323,9 +323,7 @@ def split_from_path(path: Path) -> str:
             return splits.pop()
         if splits:  # ambiguous
             break
-    raise UsageError(
-        f"{path}: its name does not contain its split; rename it as in val-00000-of-00001.parquet"
-    )
+    raise UsageError(f"{path}: its name does not contain its split; rename it as in val-00000-of-00001.parquet")
 
 
 def image_bytes(value: object) -> bytes:

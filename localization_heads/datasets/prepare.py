@@ -99,13 +99,9 @@ def prepare(options: FinderOptions, *, limit_train_only: bool = True) -> Prepare
 def check_protocol(options: FinderOptions) -> None:
     """UsageError if `protocol=` and `sentence=` contradict each other or the data set."""
     if options.protocol == "lmms" and options.dataset not in REFCOCO:
-        raise UsageError(
-            f"protocol=lmms: it joins expressions of {', '.join(REFCOCO)}, not of {options.dataset}"
-        )
+        raise UsageError(f"protocol=lmms: it joins expressions of {', '.join(REFCOCO)}, not of {options.dataset}")
     if options.protocol == "lmms" and options.sentence != "all":
-        raise UsageError(
-            f"sentence={options.sentence}: protocol=lmms joins all of an object; leave sentence= out"
-        )
+        raise UsageError(f"sentence={options.sentence}: protocol=lmms joins all of an object; leave sentence= out")
 
 
 def draw_entries(entries: Sequence[IndexEntry], number: int, seed: int) -> list[IndexEntry]:
@@ -165,9 +161,7 @@ def _choose_entries(
     all_entries = _group_by_split(index.entries)[split]
     occurrences = Counter(entry.id for entry in all_entries)
     if duplicates := [id for id, count in occurrences.items() if count > 1]:
-        raise UsageError(
-            f"dataset_path holds {options.dataset} {split} twice: {duplicates[0]} is in it again"
-        )
+        raise UsageError(f"dataset_path holds {options.dataset} {split} twice: {duplicates[0]} is in it again")
     entries = apply_protocol(all_entries, options.protocol, options.sentence)
     excluded = (read_pictures(Path(file), "exclude") for file in options.exclude)
     images: set[str] = set().union(*excluded)

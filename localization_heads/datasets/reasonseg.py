@@ -88,8 +88,7 @@ class LisaFolders(InMemorySource):
             raise BadLineError("'text' must be a list of instructions")
         used_texts = texts if split == "train" else texts[:1]
         return [
-            make_entry(f"{stem}_sent{n}", split, f"reasonseg:{stem}", text, row)
-            for n, text in enumerate(used_texts)
+            make_entry(f"{stem}_sent{n}", split, f"reasonseg:{stem}", text, row) for n, text in enumerate(used_texts)
         ]
 
     def make_record(self, row: int, file: Path) -> Record:
@@ -190,9 +189,7 @@ def _clipped_bounds(points: list[tuple[int, int]], size: tuple[int, int]) -> tup
     return max(0, min(xs)), max(0, min(ys)), min(size[0], max(xs) + 1), min(size[1], max(ys) + 1)
 
 
-def _paint_shape(
-    points: list[tuple[int, int]], size: tuple[int, int]
-) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+def _paint_shape(points: list[tuple[int, int]], size: tuple[int, int]) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
     """Rasterise a shape: the window of the image that contains it, and its mask within the window."""
     left, top, right, bottom = _clipped_bounds(points, size)
     canvas = np.zeros((max(0, bottom - top), max(0, right - left)), np.uint8)
@@ -248,9 +245,7 @@ class ReasonSegParquet(ParquetSource):
     def make_record(self, row: int, batch: pa.RecordBatch) -> Record:
         cells = batch.select(["image", "img_height", "img_width"]).to_pylist()[0]
         size = declared_size(cells["img_height"], cells["img_width"])
-        return _target_record(
-            row, image_bytes(cells["image"]), size, _mask_from_column(batch.column("mask"), size)
-        )
+        return _target_record(row, image_bytes(cells["image"]), size, _mask_from_column(batch.column("mask"), size))
 
 
 def _mask_from_column(column: Any, size: tuple[int, int]) -> NDArray[np.bool_]:

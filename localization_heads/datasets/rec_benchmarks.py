@@ -161,9 +161,7 @@ class FineCopsRef(InMemorySource):
 
 def _read_split(file: Path) -> Iterator[tuple[str, Any, Any]]:
     data = read_json(file, MAX_JSON_BYTES)
-    images, annotations = (
-        data.get(name) if isinstance(data, dict) else None for name in ("images", "annotations")
-    )
+    images, annotations = (data.get(name) if isinstance(data, dict) else None for name in ("images", "annotations"))
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise UsageError(f"{file}: it must hold 'images' and 'annotations', as COCO's files do")
     valid = [

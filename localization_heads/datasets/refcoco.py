@@ -162,19 +162,13 @@ def read_instances(path: Path, annotation_ids: set[int]) -> tuple[dict[int, Any]
         return None if unwanted else entry
 
     data = read_json(path, MAX_JSON_BYTES, object_hook=keep)
-    if not isinstance(data, dict) or not all(
-        isinstance(data.get(k), list) for k in ("images", "annotations")
-    ):
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
         raise UsageError(f"{path}: it must hold 'images' and 'annotations', as COCO's files do")
     return _index_by_id(data["images"]), _index_by_id(data["annotations"])
 
 
 def _index_by_id(entries: Sequence[object]) -> dict[int, Any]:
-    return {
-        entry["id"]: entry
-        for entry in entries
-        if isinstance(entry, dict) and is_natural_number(entry.get("id"))
-    }
+    return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and is_natural_number(entry.get("id"))}
 
 
 class JxuParquet(ParquetSource):

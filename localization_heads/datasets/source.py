@@ -38,9 +38,7 @@ def _find_parquets(path: Path, kind: type[ParquetSource]) -> list[Path]:
         raise UsageError(f"dataset_path={path}: no parquet file with columns {required}")
     for file in files:
         if missing := sorted(kind.columns() - set(column_names(file))):
-            raise UsageError(
-                f"dataset_path={path}: {file.name} has no column {shown(missing[0])}; it needs {required}"
-            )
+            raise UsageError(f"dataset_path={path}: {file.name} has no column {shown(missing[0])}; it needs {required}")
     return files
 
 
@@ -61,9 +59,7 @@ def _grefcoco(path: Path, images: Path | None) -> Source:
     if others:
         raise _missing_error(path, "grefs(unc).json")
     default = ("images/mscoco/images/train2014", "train2014")
-    return GRefCoco(
-        refs, find_image_folders(images, refs.parent if images else refs.parent.parent, *default)[0]
-    )
+    return GRefCoco(refs, find_image_folders(images, refs.parent if images else refs.parent.parent, *default)[0])
 
 
 def _screenspot(stem: str, path: Path, images: Path | None) -> Source:

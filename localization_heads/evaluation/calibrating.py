@@ -175,9 +175,7 @@ def _cross_validate(
     pairs = list(zip(calibrations, labelled.signals, strict=True))
     confidence = np.array([calibration.confidence(row) for calibration, row in pairs])
     if_present = np.array([calibration.right.probability(row) for calibration, row in pairs])
-    numbers = number(
-        "auroc_right", *with_bootstrap_interval(auroc, if_present[present], right[present], seed=seed)
-    )
+    numbers = number("auroc_right", *with_bootstrap_interval(auroc, if_present[present], right[present], seed=seed))
     statistics = {"auroc_useful": auroc, "aurc": aurc, "ece": calibration_error}
     for name, statistic in statistics.items():
         numbers |= number(name, *with_bootstrap_interval(statistic, confidence, right, seed=seed))
@@ -196,9 +194,7 @@ def _fit_without_own_fold(
     """For each entry, the calibration fitted on the folds that it is not in."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    classes = (
-        labelled.right.astype(int) + labelled.present
-    )  # absent, wrong or right: some of each in every fold
+    classes = labelled.right.astype(int) + labelled.present  # absent, wrong or right: some of each in every fold
     if np.unique(classes, return_counts=True)[1].min() < FOLDS:
         classes = labelled.right.astype(int)
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
@@ -259,9 +255,7 @@ def _adapt(signals: Sequence[Mapping[str, float]], known: Logistic, labels: NDAr
     std[std < 1e-9] = np.inf
     changes, second_shift = _fit_offset((table - mean) / std, slope * logits + shift, labels, WEIGHT_PENALTY)
     changes = changes / std
-    weights = {
-        name: slope * known.weights[name] + float(change) for name, change in zip(names, changes, strict=True)
-    }
+    weights = {name: slope * known.weights[name] + float(change) for name, change in zip(names, changes, strict=True)}
     return Logistic(slope * known.intercept + shift + second_shift - float(changes @ mean), weights)
 
 

@@ -96,14 +96,10 @@ def calibration_error(confidence: ArrayLike, right: ArrayLike) -> float:
     """
     bins = reliability(confidence, right)
     total = sum(count for _, _, count in bins)
-    return (
-        sum(abs(mean - accuracy) * count for mean, accuracy, count in bins) / total if total else float("nan")
-    )
+    return sum(abs(mean - accuracy) * count for mean, accuracy, count in bins) / total if total else float("nan")
 
 
-def calibration_error_by_chance(
-    confidence: ArrayLike, *, seed: int = 42
-) -> tuple[float, tuple[float, float]]:
+def calibration_error_by_chance(confidence: ArrayLike, *, seed: int = 42) -> tuple[float, tuple[float, float]]:
     """The calibration error that a perfectly calibrated method would have: its mean over draws and 95 % interval.
 
     It is not 0, since the accuracy of a bin with few answers deviates from its confidence by chance.
@@ -150,9 +146,7 @@ def _resampling_units(count: int, groups: ArrayLike | None) -> list[NDArray[np.i
 def _as_arrays(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[Any]]:
     values, is_right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=bool)
     if values.shape != is_right.shape or values.ndim != 1:
-        raise ValueError(
-            f"confidences {values.shape} and answers {is_right.shape} must be lists of one length"
-        )
+        raise ValueError(f"confidences {values.shape} and answers {is_right.shape} must be lists of one length")
     return values, is_right
 
 
@@ -319,9 +313,7 @@ def _mean(values: NDArray[np.float64], labels: NDArray[np.bool_]) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def _risk_coverage_points(
-    confidence: NDArray[np.float64], right: NDArray[np.bool_]
-) -> list[list[float | None]]:
+def _risk_coverage_points(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> list[list[float | None]]:
     """At most `MAX_CURVE_POINTS` points of the curve, its last included."""
     coverage, risk = risk_coverage(confidence, right)
     kept = np.unique(np.linspace(0, len(coverage) - 1, MAX_CURVE_POINTS).round().astype(int))

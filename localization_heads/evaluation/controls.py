@@ -21,9 +21,7 @@ from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
 
 
-def layer_matched(
-    heads: Sequence[Head], shape: tuple[int, int], rng: np.random.Generator
-) -> tuple[Head, ...]:
+def layer_matched(heads: Sequence[Head], shape: tuple[int, int], rng: np.random.Generator) -> tuple[Head, ...]:
     """Distinct random heads, one for each given head and from its layer.
 
     The given heads themselves are drawn only if the layer has too few others.

@@ -80,9 +80,7 @@ def label_scores(maps: AttentionMaps, truth: Truth) -> dict[str, NDArray[np.floa
     }
 
 
-def box_ious(
-    maps: AttentionMaps, heads: Sequence[Head], truth: Box, options: GroundingOptions
-) -> list[float | None]:
+def box_ious(maps: AttentionMaps, heads: Sequence[Head], truth: Box, options: GroundingOptions) -> list[float | None]:
     """IoU of the true box and the box of each head's own map; None for an empty map, of a layer that was not run."""
     return [
         float(box_iou(ground_maps(maps, [head], options).box, truth)) if maps.attention[head].any() else None

@@ -132,9 +132,7 @@ def named_protocol(block: Mapping[str, Any]) -> dict[str, Any]:
     return {"protocol": block["protocol"]["name"] if block else None}
 
 
-def protocol_metrics(
-    name: str, answers: Sequence[Answer], *, by_image: bool = False, seed: int = 42
-) -> dict[str, Any]:
+def protocol_metrics(name: str, answers: Sequence[Answer], *, by_image: bool = False, seed: int = 42) -> dict[str, Any]:
     """The block `protocol` of `metrics.json`: `name`, `right` (what counts), and each metric with its 95 % interval.
 
     A metric named `metric[kind]` is over the expressions of that kind. Metrics over no expression are omitted.
@@ -171,14 +169,10 @@ def _share(values: ArrayLike, among: ArrayLike | None = None) -> Share:
     return Share(tops * bottoms, bottoms)
 
 
-def _by_kind(
-    key: str, values: ArrayLike, kinds: Sequence[str | None], among: ArrayLike | None = None
-) -> Shares:
+def _by_kind(key: str, values: ArrayLike, kinds: Sequence[str | None], among: ArrayLike | None = None) -> Shares:
     """The mean over the selected expressions, and over those of each kind as `key[kind]`; kind None is skipped."""
     selected = np.ones(len(kinds), bool) if among is None else np.asarray(among, bool)
-    names = sorted({kind for kind, known in zip(kinds, selected, strict=True) if kind and known})[
-        :MOST_GROUPS
-    ]
+    names = sorted({kind for kind, known in zip(kinds, selected, strict=True) if kind and known})[:MOST_GROUPS]
     labels = np.array([kind or "" for kind in kinds])
     return {key: _share(values, selected)} | {
         f"{key}[{kind}]": _share(values, selected & (labels == kind)) for kind in names
@@ -243,9 +237,7 @@ def screenspot(answers: Sequence[Answer]) -> Shares:
     single = _has_one_truth(answers)
     hit = np.array(
         [
-            bool(
-                answer.boxes and len(answer.truths) == 1 and centre_inside(answer.boxes[0], answer.truths[0])
-            )
+            bool(answer.boxes and len(answer.truths) == 1 and centre_inside(answer.boxes[0], answer.truths[0]))
             for answer in answers
         ]
     )
@@ -284,10 +276,7 @@ def merged_box(boxes: Sequence[Box]) -> Box:
 def flickr30k(answers: Sequence[Answer]) -> Shares:
     """Recall@1 with any box of the phrase and with their merged box, by the phrase's first type."""
     present = np.array([bool(answer.truths) for answer in answers])
-    merged = [
-        answer._replace(truths=(merged_box(answer.truths),)) if answer.truths else answer
-        for answer in answers
-    ]
+    merged = [answer._replace(truths=(merged_box(answer.truths),)) if answer.truths else answer for answer in answers]
     kinds = _kinds(answers, "phrase_type")
     any_box = _by_kind("any_box", _ious(answers) >= 0.5, kinds, present)
     return any_box | _by_kind("merged_box", _ious(merged) >= 0.5, kinds, present)
@@ -308,9 +297,7 @@ def groundingme(answers: Sequence[Answer]) -> Shares:
 def reasonseg(answers: Sequence[Answer]) -> Shares:
     """gIoU and cIoU over all masks, those of empty targets included, as LISA computes them."""
     has_mask = np.array([answer.overlap is not None for answer in answers], dtype=np.float64)
-    shared, union = (
-        np.array([answer.overlap or (0, 0) for answer in answers], dtype=np.float64).reshape(-1, 2).T
-    )
+    shared, union = np.array([answer.overlap or (0, 0) for answer in answers], dtype=np.float64).reshape(-1, 2).T
     iou = np.where(union > 0, divided(shared, union), 1.0)
     empty = np.array([not answer.truths for answer in answers]) & (has_mask > 0)
     shares = {"giou": Share(iou * has_mask, has_mask), "ciou": Share(shared, union)}

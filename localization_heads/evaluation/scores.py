@@ -200,9 +200,7 @@ def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float
 def _set_empty_ciou(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Set cIoU in `[..., metric]`, in place, to 1 where all masks are empty, predicted and true."""
     ciou, giou = METRICS.index("ciou"), METRICS.index("giou")
-    values[..., ciou] = np.where(
-        np.isnan(values[..., ciou]) & ~np.isnan(values[..., giou]), 1.0, values[..., ciou]
-    )
+    values[..., ciou] = np.where(np.isnan(values[..., ciou]) & ~np.isnan(values[..., giou]), 1.0, values[..., ciou])
     return values
 
 
@@ -287,8 +285,6 @@ def instance_metrics(
     table = np.stack([scores, scores == 1], axis=-1).transpose(1, 0, 2)  # (expression, method, metric)
     values = table.mean(axis=0)
     flat = table.reshape(len(table), -1)
-    resampled = bootstrap_ratios(flat, np.ones_like(flat), groups=groups, seed=seed).reshape(
-        -1, *values.shape
-    )
+    resampled = bootstrap_ratios(flat, np.ones_like(flat), groups=groups, seed=seed).reshape(-1, *values.shape)
     metrics = {metric: i for i, metric in enumerate(INSTANCE_METRICS)}
     return _compare_methods(answers, metrics, values, resampled)

@@ -89,8 +89,7 @@ def make_conditions(
         conditions.append(Condition("heads", count, 0, first))
         conditions.append(Condition("attention_sum", count, 0, tuple(by_sum[:count])))
         conditions += [
-            Condition("random", count, draw, _layer_matched(first, order))
-            for draw, order in enumerate(orders)
+            Condition("random", count, draw, _layer_matched(first, order)) for draw, order in enumerate(orders)
         ]
     return tuple(conditions)
 
@@ -104,9 +103,7 @@ def usable_counts(counts: Sequence[int], length: int) -> list[int]:
     return sorted({0, *(min(count, length) for count in counts)})
 
 
-def _draw_order(
-    listed: Sequence[Head], heads_per_layer: int, rng: np.random.Generator
-) -> dict[int, list[int]]:
+def _draw_order(listed: Sequence[Head], heads_per_layer: int, rng: np.random.Generator) -> dict[int, list[int]]:
     """`[layer]`: its heads in the order of drawing: a permutation of the unlisted heads, then the listed, best last."""
     order = {}
     for layer in sorted({head.layer for head in listed}):
@@ -168,9 +165,7 @@ def _values_and_falls(
     for values in measurements:
         at_count, falls = [], []
         for count in counts:
-            names = (
-                [c.name for c in conditions if c.size == count and c.kind == kind] if count else [unchanged]
-            )
+            names = [c.name for c in conditions if c.size == count and c.kind == kind] if count else [unchanged]
             after = [values[name][measure] for name in names]
             before = [values[name].get(measure + BEFORE, values[unchanged][measure]) for name in names]
             at_count.append(np.mean(after))
@@ -260,9 +255,7 @@ def _reading(curves: Mapping[str, Any], label: str, change: str) -> str:
     changes = []
     for kind, kind_label in KINDS.items():
         low, high = curves["fall_intervals"][kind][-1]
-        changes.append(
-            f"{kind_label} {_points(-curves['falls'][kind][-1])} [{_points(-high)}, {_points(-low)}]"
-        )
+        changes.append(f"{kind_label} {_points(-curves['falls'][kind][-1])} [{_points(-high)}, {_points(-low)}]")
     before, count = percent(curves["curves"]["heads"][0]), curves["counts"][-1]
     return (
         f"{label[0].upper()}{label[1:]}: {before} % as the model is. What {count} heads {change} change, in points: "

@@ -132,9 +132,7 @@ def causal(study: Study, scores: Mapping[Any, RecipeScores]) -> Finding:
 
 def _grounding_row(name: str, sets: Sequence[Heads], numbers: Mapping[str, Any]) -> tuple[str, ...]:
     size = len(sets[0])
-    heads = (
-        f"{len(sets)} sets of {size}" if len(sets) > 1 else join_names(sets[0]) if size <= 10 else str(size)
-    )
+    heads = f"{len(sets)} sets of {size}" if len(sets) > 1 else join_names(sets[0]) if size <= 10 else str(size)
     accuracy = f"{percent(numbers['acc@0.5'])} {_interval(numbers['acc@0.5_interval'])}"
     return RANKINGS[name], heads, accuracy, percent(numbers["pointing"])
 

@@ -216,9 +216,7 @@ def ladder_finding(model: str, rungs: Sequence[RungResult]) -> Finding:
         accuracy = rung.metrics.get("acc@0.5")
         gain = MISSING if previous is None or accuracy is None else f"{100 * (accuracy - previous):+.1f}"
         low, high = rung.metrics.get("acc@0.5_interval") or (None, None)
-        with_interval = (
-            percent(accuracy) if low is None else f"{percent(accuracy)} [{percent(low)}, {percent(high)}]"
-        )
+        with_interval = percent(accuracy) if low is None else f"{percent(accuracy)} [{percent(low)}, {percent(high)}]"
         others = (percent(rung.metrics.get(name)) for name in LADDER_METRICS[1:])
         count = str(rung.metrics.get("num_samples", MISSING))
         rows.append((rung.about, f"rung={rung.name}", count, with_interval, gain, *others))

@@ -162,9 +162,7 @@ def highest(values: NDArray[np.floating], k: int, exclude_layers: int) -> tuple[
     allowed = np.array(values, dtype=np.float64)
     allowed[:exclude_layers] = -np.inf
     order = np.argsort(-allowed, axis=None, kind="stable")[:k]
-    return tuple(
-        Head(*divmod(int(index), values.shape[1])) for index in order if allowed.flat[index] > -np.inf
-    )
+    return tuple(Head(*divmod(int(index), values.shape[1])) for index in order if allowed.flat[index] > -np.inf)
 
 
 def join_names(heads: Sequence[Head]) -> str:

@@ -91,10 +91,7 @@ def _benchmark(
     """
     paper_model, benchmark = paper.MODELS.get(study.model), study.options.sweeps.benchmark
     splits = paper.REASON_SPLITS if name == "tab3" else paper.SPLITS
-    reported = (
-        paper_model
-        and {"tab1": paper_model.rec, "tab2": paper_model.res, "tab3": paper_model.reasonseg}[name]
-    )
+    reported = paper_model and {"tab1": paper_model.rec, "tab2": paper_model.res, "tab3": paper_model.reasonseg}[name]
     on_split = benchmark in splits
     columns = splits if on_split or reported else ()
     if not on_split:
@@ -185,9 +182,7 @@ def criteria(study: Study, scores: Mapping[Any, RecipeScores]) -> Finding:
     recipes = criteria_recipes(study)
     rows: list[tuple[str, ...]] = []
 
-    def add_row(
-        label: str, heads: str, ours: RecipeScores, reported: tuple[float, float] | None = None
-    ) -> None:
+    def add_row(label: str, heads: str, ours: RecipeScores, reported: tuple[float, float] | None = None) -> None:
         cells = (percent(ours.metrics[name]) for name in ("acc@0.5", "ciou"))
         rows.append((label, heads, *cells, *map(format_reported, reported or (None, None))))
 
@@ -197,9 +192,7 @@ def criteria(study: Study, scores: Mapping[Any, RecipeScores]) -> Finding:
             scored = f" ({len(ours):,} of {len(study):,})" if len(ours) < len(study) else ""
             fixed = selection == "fixed"
             heads = join_names(recipes[criterion, selection].heads_of(0)) if fixed else "each sample's own"
-            add_row(
-                f"{criterion}, {selection}{scored}", heads, ours, paper.CRITERIA.get((criterion, selection))
-            )
+            add_row(f"{criterion}, {selection}{scored}", heads, ours, paper.CRITERIA.get((criterion, selection)))
     if study.sensitivity is not None:
         add_row(f"{ROBUST}, fixed", join_names(study.top()), scores[ROBUST])
     add_row("no choice", f"all {len(study.all_heads):,}", scores[ALL])
@@ -233,9 +226,7 @@ def _criteria_reading(study: Study, scores: Mapping[Any, RecipeScores]) -> str:
             f"paper) reach {percent(scores[ROBUST].metrics['acc@0.5'])}."
         )
     if len(scores["both", "greedy"]) < len(study):
-        reading += (
-            " Rows with fewer expressions leave those out in which no head passes, as stage=evaluate does."
-        )
+        reading += " Rows with fewer expressions leave those out in which no head passes, as stage=evaluate does."
     return reading
 
 

@@ -172,9 +172,7 @@ def _reading(study: Study, correlations: Mapping[str, tuple[float, float] | None
         return f"Only {num_selected} heads are selected often enough: too few for a correlation."
     rho, p = correlation
     if p >= 0.05:
-        verdict = (
-            "so here, unlike in the paper, heads that are selected more often do not clearly localise better"
-        )
+        verdict = "so here, unlike in the paper, heads that are selected more often do not clearly localise better"
     elif rho <= 0:
         verdict = "so here, unlike in the paper, heads that are selected more often localise worse"
     elif rho > paper.MIN_RHO:
@@ -188,9 +186,7 @@ def _reading(study: Study, correlations: Mapping[str, tuple[float, float] | None
     )
     if (of_all := correlations["all"]) is not None:
         rho, p = of_all
-        reading += (
-            f" With all heads, also those never selected, rho is {two_decimals(rho)} ({format_p_value(p)})."
-        )
+        reading += f" With all heads, also those never selected, rho is {two_decimals(rho)} ({format_p_value(p)})."
     return reading
 
 

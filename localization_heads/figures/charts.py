@@ -138,9 +138,7 @@ def _name_heads(
 
     for mark in sorted(marks[:MAX_NAMES], key=lambda mark: -abs(offset(mark))):
         head, rank, value = mark
-        (diamond,) = axes.plot(
-            [rank], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6
-        )
+        (diamond,) = axes.plot([rank], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6)
         set_tooltips(diamond, [f"{head}: S = {value:.3f}"])
         axes.annotate(
             str(head),
@@ -183,9 +181,7 @@ def plot_selection_frequency(
         colours = [BLUE if i < emphasised else "#A9C4DA" for i in place]
         axes.bar(place, frequency, width=0.75, color=colours, zorder=2)
         if ranking.num_trials > 1:
-            axes.errorbar(
-                place, frequency, error, fmt="none", ecolor="0.15", elinewidth=0.9, capsize=2, zorder=3
-            )
+            axes.errorbar(place, frequency, error, fmt="none", ecolor="0.15", elinewidth=0.9, capsize=2, zorder=3)
         axes.set_xticks(place, [str(Head(h.layer, h.head)) for h in heads], rotation=60, ha="right")
         axes.tick_params(axis="x", length=0, pad=1)
         for label in axes.get_xticklabels():
@@ -237,9 +233,7 @@ def plot_head_grid(
         rasterized = values.size > _MAX_VECTOR_CELLS
         cells = axes.pcolormesh(*edges, shown, cmap=COLOUR_MAP, vmin=0, rasterized=rasterized, clip_on=False)
         if not rasterized:
-            set_tooltips(
-                cells, [_cell_tooltip(Head(*index), value) for index, value in np.ndenumerate(shown)]
-            )
+            set_tooltips(cells, [_cell_tooltip(Head(*index), value) for index, value in np.ndenumerate(shown)])
         axes.set_aspect("equal")
         for head in top:
             draw_box(axes, (head.head - 0.5, head.layer - 0.5, head.head + 0.5, head.layer + 0.5), VERMILLION)
@@ -266,9 +260,7 @@ def plot_sensitivity(ranking: HeadRanking, path: str | Path | None = None, *, em
         emphasised: how many of the first heads are the localization heads. They are named, and up to ten resting heads.
     """
     scores = {
-        head.address: float(head.sensitivity_score)
-        for head in ranking.kept
-        if head.sensitivity_score is not None
+        head.address: float(head.sensitivity_score) for head in ranking.kept if head.sensitivity_score is not None
     }
     heads = [head for head in ranking.kept if head.address in scores]
     rest = resting_heads(ranking)
@@ -303,12 +295,8 @@ def plot_sensitivity(ranking: HeadRanking, path: str | Path | None = None, *, em
             axes.set_ylim(*_score_limits(list(scores.values())))
             corner = [fmean(head.attention_sum for head in ranking.kept), axes.get_xlim()[1]]
             limit = RESTING_SHARE * max(scores.values())
-            axes.fill_between(
-                corner, axes.get_ylim()[0], limit, color=GREY, alpha=0.15, linewidth=0, zorder=0
-            )
-        named = [
-            (h.address, h.attention_sum, scores[h.address]) for h in [*first, *groups["resting"][:MAX_NAMES]]
-        ]
+            axes.fill_between(corner, axes.get_ylim()[0], limit, color=GREY, alpha=0.15, linewidth=0, zorder=0)
+        named = [(h.address, h.attention_sum, scores[h.address]) for h in [*first, *groups["resting"][:MAX_NAMES]]]
         name_points(axes, sorted(named, key=lambda point: -point[2]), lowest=0)
         title = f"{len(rest)} of {len(heads)} kept heads rest" if rest else "no head rests"
         axes.set_title(title, loc="left", color="0.25")

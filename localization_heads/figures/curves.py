@@ -89,9 +89,7 @@ def plot_label_curve(labels: Mapping[str, Any], path: str | Path | None = None) 
             axes.axhline(labels[name], color=colour, linestyle=dash, linewidth=1, label=label, zorder=1)
         if unshrunk is not None:
             _draw_label_curve(axes, unshrunk, "0.45", "labels alone")
-        _draw_label_curve(
-            axes, curve, BLUE, "labels" if unshrunk is None else f"labels, {labels['shrink']} shrunk"
-        )
+        _draw_label_curve(axes, curve, BLUE, "labels" if unshrunk is None else f"labels, {labels['shrink']} shrunk")
         counts = curve["counts"]
         axes.set_xscale("log")
         if counts:
@@ -132,9 +130,7 @@ def _draw_reliability(axes: Axes, bins: Sequence[Sequence[float]], trust: Mappin
     """The share of right boxes in each bin of confidence; marks grow with the number of answers in the bin."""
     mean, share, count = np.array(bins, dtype=np.float64).reshape(-1, 3).T
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--", zorder=1)
-    axes.vlines(
-        mean, np.minimum(mean, share), np.maximum(mean, share), color=VERMILLION, linewidth=1, zorder=2
-    )
+    axes.vlines(mean, np.minimum(mean, share), np.maximum(mean, share), color=VERMILLION, linewidth=1, zorder=2)
     axes.plot(mean, share, color=BLUE, linewidth=1, zorder=3)
     size = np.clip(_MAX_MARK_AREA * count / max(count.max(initial=1), 1), _MIN_MARK_AREA, None)
     marks = axes.scatter(mean, share, s=size, color=BLUE, zorder=4, clip_on=False)

@@ -76,18 +76,14 @@ def plot_frequency_iou(
     groups: dict[str, list[tuple[Head, float, float]]] = {name: [] for name in _FREQUENCY_MARKERS}
     for head, frequency, iou in points:
         kind = "localization heads" if head in top else "selected"
-        groups[kind if frequency >= least_frequency else "hardly ever selected"].append(
-            (head, frequency, iou)
-        )
+        groups[kind if frequency >= least_frequency else "hardly ever selected"].append((head, frequency, iou))
     with paper_style():
         figure = new_figure(COLUMN_WIDTH, 2.7)
         axes = figure.add_subplot()
         for name, group in groups.items():
             frequencies, ious = 100 * np.array([point[1:] for point in group], dtype=float).reshape(-1, 2).T
             marks = axes.scatter(frequencies, ious, label=name, clip_on=False, **_FREQUENCY_MARKERS[name])
-            set_tooltips(
-                marks, [f"{head}: selected {100 * f:.1f} %, IoU {100 * iou:.1f} %" for head, f, iou in group]
-            )
+            set_tooltips(marks, [f"{head}: selected {100 * f:.1f} %, IoU {100 * iou:.1f} %" for head, f, iou in group])
         axes.set_xlabel("Selection frequency (%)")
         axes.set_ylabel("Mean IoU of the head's map (%)")
         low, high = axis_limits([100 * point[1] for point in points])

@@ -62,9 +62,7 @@ def shrink_to_panel(image: ImageLike | None, inches: float) -> Image.Image | Non
     return opened.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=2)
 
 
-def draw_image(
-    axes: Axes, image: Image.Image | None, image_size: tuple[int, int], part: Box | None = None
-) -> None:
+def draw_image(axes: Axes, image: Image.Image | None, image_size: tuple[int, int], part: Box | None = None) -> None:
     """Draw the image, grey for None, and set the limits of the axes to its `(W, H)` pixels, y downwards.
 
     Args:
@@ -119,17 +117,13 @@ def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box, **colouring: A
     return draw_pixels(axes, cells, box, zorder=2, **colouring)
 
 
-def visible_cells_index(
-    shape: tuple[int, ...], box: Box, image_size: tuple[int, int]
-) -> tuple[NDArray[np.intp], ...]:
+def visible_cells_index(shape: tuple[int, ...], box: Box, image_size: tuple[int, int]) -> tuple[NDArray[np.intp], ...]:
     """Index of the cells of a grid over `box` that overlap the image; the others are in the padding."""
     visible = visible_cells(*visible_edges(box, image_size, shape))
     return np.ix_(*(np.flatnonzero(visible.any(axis=axis)) for axis in (1, 0)))
 
 
-def draw_box(
-    axes: Axes, box: Box, colour: str, *, dashed: bool = False, dash_slot: tuple[int, int] = (0, 1)
-) -> None:
+def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False, dash_slot: tuple[int, int] = (0, 1)) -> None:
     """Draw a box, in the units of the axes and clipped to them, with a rim that stands out from any background.
 
     Args:
@@ -207,9 +201,7 @@ def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, ti
         return save(figure, path)
 
 
-def plot_cells(
-    image: ImageLike, views: Sequence[View], path: str | Path | None = None, *, title: str = ""
-) -> Figure:
+def plot_cells(image: ImageLike, views: Sequence[View], path: str | Path | None = None, *, title: str = "") -> Figure:
     """The image under the cell grid of each view, one panel per view, with the first and the last cell filled.
 
     Padding by the processor is grey; cropped parts of the image have no cells.
@@ -218,9 +210,7 @@ def plot_cells(
         views: edges in pixels of the image.
     """
     frame = _common_frame(image, views)
-    size = panel_size(
-        (round(frame[2] - frame[0]), round(frame[3] - frame[1])), _CELLS_AREA / min(len(views), 2)
-    )
+    size = panel_size((round(frame[2] - frame[0]), round(frame[3] - frame[1])), _CELLS_AREA / min(len(views), 2))
     shown = shrink_to_panel(image, max(size))
     with paper_style():
         figure, sheet = new_sheet(size, len(views), title, legend=_cells_legend())
@@ -261,9 +251,7 @@ def _draw_view(axes: Axes, view: View, frame: Box) -> None:
 def _filled_cell(view: View, row: int, column: int, colour: str) -> Rectangle:
     x, y = view.x_edges[column], view.y_edges[row]
     width, height = view.x_edges[column + 1] - x, view.y_edges[row + 1] - y
-    return Rectangle(
-        (x, y), width, height, facecolor=colour, edgecolor="white", linewidth=_GRID_LINE_WIDTH, zorder=3
-    )
+    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=_GRID_LINE_WIDTH, zorder=3)
 
 
 def _cell_size_text(view: View) -> str:

@@ -95,9 +95,7 @@ _RGB_8_BIT = (
 _UP_FILTER = 2  # the difference from the byte above: good for images and for flat areas
 
 
-def encode_png(
-    pixels: NDArray[np.uint8], dpi: int, text: Mapping[str, str], *, compact: bool = False
-) -> bytes:
+def encode_png(pixels: NDArray[np.uint8], dpi: int, text: Mapping[str, str], *, compact: bool = False) -> bytes:
     """RGB pixels `[H, W, 3]` as a PNG.
 
     Args:
@@ -164,10 +162,7 @@ def svg(figure: Figure, name: str, label: str = "") -> str:
     with style_lock, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         root = ET.fromstring(render(figure, "svg", DPI, metadata={"Date": None}))
     used_ids = {
-        id
-        for element in root.iter()
-        for value in element.attrib.values()
-        for id in _ID_REFERENCE.findall(value)
+        id for element in root.iter() for value in element.attrib.values() for id in _ID_REFERENCE.findall(value)
     }
     for parent in list(root.iter()):
         for child in list(parent):
@@ -219,10 +214,7 @@ def _shorten_numbers(coordinates: str) -> str:
 def _add_tooltips(group: ET.Element, tooltips: Sequence[str]) -> None:
     """Add a `<title>` to each mark of the group: to its `<use>` elements or, if it has none, to its paths."""
     definitions = {
-        id(element)
-        for parent in group.iter()
-        if _local_name(parent.tag) == "defs"
-        for element in parent.iter()
+        id(element) for parent in group.iter() if _local_name(parent.tag) == "defs" for element in parent.iter()
     }
     drawn = [element for element in group.iter() if id(element) not in definitions]
     marks = [element for element in drawn if _local_name(element.tag) == "use"]

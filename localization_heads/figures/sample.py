@@ -103,9 +103,7 @@ def plot_top_maps(
             next(remaining).set_title("image")
         for head, axes in zip(heads, remaining, strict=False):
             attends = attention.attention[head].sum() >= MIN_ATTENTION_SUM
-            draw_map(
-                axes, attention.attention[head], attention.image_box, opaque=image is None, faint=not attends
-            )
+            draw_map(axes, attention.attention[head], attention.image_box, opaque=image is None, faint=not attends)
             axes.set_title(_map_title(attention, head, statistics), color="black" if attends else GREY)
         if grounding is not None:
             draw_map(sheet[-1], grounding.combined, attention.image_box, opaque=image is None)
@@ -271,9 +269,7 @@ def plot_components(
         map_axes.set_title(f"{head}  S {attention.attention[head].sum():.2f}")
         draw_cells(binary_axes, _paint(labels, numbers, [(1.0, 1.0, 1.0)]), attention.image_box)
         binary_axes.set_title(f"active: {(labels > 0).mean():.0%} of cells")
-        draw_cells(
-            component_axes, _paint(labels, numbers, component_colours(len(numbers))), attention.image_box
-        )
+        draw_cells(component_axes, _paint(labels, numbers, component_colours(len(numbers))), attention.image_box)
         component_axes.set_title(_component_title(shares, entropy))
         _label_components(component_axes, labels, numbers, shares, attention.image_box, size[0])
         return save(figure, path)

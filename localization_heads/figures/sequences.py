@@ -66,12 +66,8 @@ def draw_prediction(image: Image.Image, prediction: Prediction) -> NDArray[np.ui
     size, font = thick / 3.5, cv2.FONT_HERSHEY_SIMPLEX
     (width, height), _ = cv2.getTextSize(text, font, size, max(1, thick // 2))
     left, bottom = min(x0, image.width - width - 4), y0 - 4 if y0 > height + 8 else y0 + height + 6
-    cv2.rectangle(
-        pixels, (left, bottom - height - 3), (left + width + 4, bottom + 3), _rgb_bytes(VERMILLION), -1
-    )
-    cv2.putText(
-        pixels, text, (left + 2, bottom), font, size, (255, 255, 255), max(1, thick // 2), cv2.LINE_AA
-    )
+    cv2.rectangle(pixels, (left, bottom - height - 3), (left + width + 4, bottom + 3), _rgb_bytes(VERMILLION), -1)
+    cv2.putText(pixels, text, (left + 2, bottom), font, size, (255, 255, 255), max(1, thick // 2), cv2.LINE_AA)
     return pixels
 
 
@@ -95,9 +91,7 @@ def plot_timeline(
         size: `(W, H)` of a frame in pixels.
     """
     time = np.array([prediction.time or 0.0 for prediction in predictions])
-    boxes = np.array(
-        [prediction.bbox or (np.nan,) * 4 for prediction in predictions], dtype=float
-    )  # [frame, 4]
+    boxes = np.array([prediction.bbox or (np.nan,) * 4 for prediction in predictions], dtype=float)  # [frame, 4]
     with paper_style():
         columns = max(1, len(thumbnails))
         thumbnail_height = min(_PAGE_WIDTH / columns * size[1] / size[0], 2.5)

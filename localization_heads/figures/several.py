@@ -54,9 +54,7 @@ class DetectedObject:
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
 
 
-def plot_several(
-    image: Image.Image, objects: Sequence[DetectedObject], path: str | Path | None = None
-) -> Figure:
+def plot_several(image: Image.Image, objects: Sequence[DetectedObject], path: str | Path | None = None) -> Figure:
     """The image with every object's box and mask, numbered; the title lists the phrases and scores by number.
 
     Args:
@@ -100,9 +98,7 @@ def plot_instances(
         legend.append(Line2D([], [], color="white", linewidth=BOX_WIDTH, linestyle="--", label="true box"))
         legend[-1].set_path_effects([withStroke(linewidth=2.9, foreground="black")])
     with paper_style():
-        figure, (axes,) = new_sheet(
-            size, 1, expression, titled=False, legend=legend, note=f"scores: {scores}"
-        )
+        figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend, note=f"scores: {scores}")
         draw_image(axes, shrink_to_panel(image, max(size)), grounding.image_size)
         draw_map(axes, _heatmap_to_draw(grounding), (0, 0, *grounding.image_size), opaque=image is None)
         for found in objects:
@@ -160,9 +156,7 @@ def _draw_numbered(axes: Axes, boxes: Sequence[Box], width: float) -> None:
     """Draw the boxes with their numbers, from 1, on axes `width` inches wide."""
     (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
     per_inch = W / width  # pixels
-    label_sizes = [
-        (_DIGIT_WIDTH * len(str(n)) * per_inch, _LABEL_HEIGHT * per_inch) for n in range(1, len(boxes) + 1)
-    ]
+    label_sizes = [(_DIGIT_WIDTH * len(str(n)) * per_inch, _LABEL_HEIGHT * per_inch) for n in range(1, len(boxes) + 1)]
     slots = dash_slots(boxes, _LINE_TOLERANCE * per_inch)
     for index, (box, slot) in enumerate(zip(boxes, slots, strict=True)):
         draw_box(axes, box, colour_of(index), dash_slot=slot)
@@ -211,9 +205,7 @@ def place_labels(
         W, H = image_size
         corner = min(max(box[0], 0), max(W - w, 0)), min(max(box[1], 0), max(H - h, 0))
         free = (
-            position
-            for position in _candidate_positions(box, w, h)
-            if _is_free(position, (w, h), placed, image_size)
+            position for position in _candidate_positions(box, w, h) if _is_free(position, (w, h), placed, image_size)
         )
         x, y = next(free, corner)
         placed.append((x, y, x + w, y + h))

@@ -161,9 +161,7 @@ def new_sheet(
         bottom = foot + 0.05 + row_height * (rows - 1 - n // columns)
         axes.append(_add_panel(figure, centre - size[0] / 2, bottom, *size))
     if legend:
-        figure.legend(
-            handles=legend, loc="lower center", ncols=len(legend), handlelength=2.8, borderaxespad=0
-        )
+        figure.legend(handles=legend, loc="lower center", ncols=len(legend), handlelength=2.8, borderaxespad=0)
     if bar is not None:
         _draw_colour_bar(figure, sheet_width, _LEGEND * bool(legend), bar)
     if note_lines:
@@ -335,9 +333,7 @@ def _is_enlarged(box: NDArray[np.float64], size: tuple[int, int]) -> bool:
     return bool(size[0] >= MIN_UPSAMPLING * (x1 - x0) and size[1] >= MIN_UPSAMPLING * (y1 - y0))
 
 
-def _interpolate(
-    image: NDArray[np.uint8], box: NDArray[np.float64], size: tuple[int, int]
-) -> NDArray[np.uint8]:
+def _interpolate(image: NDArray[np.uint8], box: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint8]:
     """The box of the image resampled with the filter that matplotlib uses for images, as opaque RGBA."""
     x0, y0, x1, y1 = box.tolist()
     resized = Image.fromarray(image).resize(size, Image.Resampling.HAMMING, box=(x0, y0, x1, y1))

@@ -131,8 +131,6 @@ def smooth_boxes(boxes: Iterable[Box | None], weight: float) -> Iterator[Box | N
             x0, y0, x1, y1 = map(float, box)
             smoothed = x0, y0, x1, y1
         else:
-            x0, y0, x1, y1 = (
-                weight * old + (1 - weight) * new for old, new in zip(smoothed, box, strict=True)
-            )
+            x0, y0, x1, y1 = (weight * old + (1 - weight) * new for old, new in zip(smoothed, box, strict=True))
             smoothed = x0, y0, x1, y1
         yield smoothed

@@ -229,9 +229,7 @@ def _shorten(value: object) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def add_confidence(
-    grounding: Grounding, signals: Mapping[str, float], calibration: Calibration | None
-) -> Grounding:
+def add_confidence(grounding: Grounding, signals: Mapping[str, float], calibration: Calibration | None) -> Grounding:
     """The grounding with its signals, its confidence and, if the calibration has it, its presence.
 
     Without a calibration the confidence is the raw signal. It is None if a signal that the calibration needs is

@@ -50,9 +50,7 @@ MIN_INSTANCE_MASS_OF_PLACES = 0.3
 """The same for the mean map of prompts that name several places (docs/readouts.md): it attends to all objects."""
 
 
-def ground_maps(
-    attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions | None = None
-) -> Grounding:
+def ground_maps(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions | None = None) -> Grounding:
     """The box of an expression from the maps of the given heads (Sec. 5).
 
     Raises:
@@ -94,9 +92,7 @@ def ground_instances(
     return [binarised.grounding(labels == 1 + i) for i in order if masses[i] >= least * masses.max()]
 
 
-def _combine_and_binarise(
-    attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions
-) -> _BinarisedMap:
+def _combine_and_binarise(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions) -> _BinarisedMap:
     if options.ignore_padding:
         whole_image = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
         attention = replace(attention, image_box=whole_image)
@@ -105,9 +101,7 @@ def _combine_and_binarise(
     visible = visible_cells(*visible_edges(attention.image_box, attention.image_size, combined.shape))
     level = threshold(combined, options, visible)
     positive = (combined > level) & visible
-    return _BinarisedMap(
-        attention, tuple(Head(*head) for head in heads), options, maps, combined, positive, level
-    )
+    return _BinarisedMap(attention, tuple(Head(*head) for head in heads), options, maps, combined, positive, level)
 
 
 def _choose_component(

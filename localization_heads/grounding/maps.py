@@ -96,9 +96,7 @@ def gaussian_kernel(kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.floa
     return np.asarray(weights / weights.sum())
 
 
-def sum_maps(
-    attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions
-) -> NDArray[np.float64]:
+def sum_maps(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions) -> NDArray[np.float64]:
     """The sum of the heads' maps, weighted by `options.combine`, before smoothing: float64 `[h, w]`.
 
     If the maps of the answer's tokens are there as well, the geometric mean of both sums, each normalised to 1: a cell

@@ -73,9 +73,7 @@ def _grid_box(grounding: Grounding, proposals: NDArray[np.bool_]) -> Box:
 
 def _scores(grounding: Grounding, proposals: NDArray[np.bool_]) -> NDArray[np.float64]:
     size = proposals.shape[2], proposals.shape[1]
-    excess = (
-        upsample_to_image(grounding.combined, _grid_box(grounding, proposals), size) - grounding.threshold
-    )
+    excess = upsample_to_image(grounding.combined, _grid_box(grounding, proposals), size) - grounding.threshold
     return np.array([excess[mask].sum(dtype=np.float64) for mask in proposals])
 
 

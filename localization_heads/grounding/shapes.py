@@ -15,9 +15,7 @@ from localization_heads.cells import label_components
 Point = tuple[float, float]
 
 
-def largest_hull(
-    cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]] | None = None
-) -> NDArray[np.bool_]:
+def largest_hull(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]] | None = None) -> NDArray[np.bool_]:
     """The 8-connected component whose convex hull has the largest area (App. B.2).
 
     The hull encloses the cells' corners, so a single cell has area 1. Ties go to the component with more `mass`, then

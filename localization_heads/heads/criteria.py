@@ -49,9 +49,7 @@ class HeadStatistics:
         return self.area_entropy if self.weight == "area" else self.mass_entropy
 
 
-def head_statistics(
-    attention: NDArray[np.floating[Any]], options: CriteriaOptions | None = None
-) -> HeadStatistics:
+def head_statistics(attention: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> HeadStatistics:
     """Both criteria for every head of one sample, in one pass.
 
     Args:
@@ -69,9 +67,7 @@ def head_statistics(
     *stack, height, width = _as_maps(attention).shape
     maps = attention.reshape(-1, height, width)
     step = max(1, BLOCK_CELLS // (height * width))
-    blocks = [
-        _block_statistics(maps[start : start + step], options) for start in range(0, max(1, len(maps)), step)
-    ]
+    blocks = [_block_statistics(maps[start : start + step], options) for start in range(0, max(1, len(maps)), step)]
     parts = zip(*blocks, strict=True)
     sums, area, mass, counts, focus = (np.concatenate(part).reshape(stack) for part in parts)
     return HeadStatistics(
@@ -163,9 +159,7 @@ def attention_sum_threshold(sums: NDArray[np.floating[Any]], options: CriteriaOp
 def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
     """ArgumentError if all layers are excluded."""
     if criteria.exclude_layers >= num_layers:
-        raise ArgumentError(
-            f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers"
-        )
+        raise ArgumentError(f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers")
 
 
 def keep_heads(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> NDArray[np.bool_]:
@@ -328,9 +322,7 @@ def _components(
     return cell_of[1:] // active[0].size, sum_of_runs(ends), sum_of_runs(cumulative)
 
 
-def _entropy(
-    parts: NDArray[np.float64], totals: NDArray[np.float64], map_of: NDArray[np.intp]
-) -> NDArray[np.float64]:
+def _entropy(parts: NDArray[np.float64], totals: NDArray[np.float64], map_of: NDArray[np.intp]) -> NDArray[np.float64]:
     """`-sum p ln p` over the components of each map, where p is a part's share of the map's total: `(n,)`.
 
     Args:

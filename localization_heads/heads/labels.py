@@ -31,9 +31,7 @@ Scores = NDArray[np.float64]
 """One number per head, `[layer, head]`."""
 
 
-def mass_in_truth(
-    maps: AttentionMaps, box: Box, mask: NDArray[np.bool_] | None = None
-) -> NDArray[np.float32]:
+def mass_in_truth(maps: AttentionMaps, box: Box, mask: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
     """Attention of every head inside the true object: `sum_c a_c |c ∩ truth| / |c|`.
 
     Not renormalised over the image, so a head that hardly attends to the image has a low score.
@@ -215,9 +213,7 @@ def rank_by_labels(scores: SampleArray, label_free: HeadRanking, recipe: LabelRe
         replace(by_address[head], kept=True, score=float(means[head]), score_std=float(deviation[head]))
         for head in recipe.rank(means, label_free, num_labels)
     ]
-    excluded = [
-        replace(head, kept=False) for head in label_free.heads if head.layer < label_free.exclude_layers
-    ]
+    excluded = [replace(head, kept=False) for head in label_free.heads if head.layer < label_free.exclude_layers]
     return replace(
         label_free,
         heads=(*ranked, *excluded),
@@ -232,9 +228,7 @@ def check_labels(pool: int, recipe: LabelRecipe) -> None:
     if pool < 1:
         raise ArgumentError("heads cannot be ranked by labels without a labelled sample")
     if recipe.num_labels is not None and recipe.num_labels > pool:
-        raise ArgumentError(
-            f"num_labels={recipe.num_labels}: only {pool} entries with a true box or mask can be used"
-        )
+        raise ArgumentError(f"num_labels={recipe.num_labels}: only {pool} entries with a true box or mask can be used")
 
 
 def _bootstrap(pool: int, recipe: LabelRecipe) -> NDArray[np.int64]:
@@ -299,9 +293,7 @@ def quality_curve(
             break
         orders = [recipe.rank(means, label_free, count) for means in mean_scores(scores, draws)]
         held_out_quality = mean_scores(quality, held_out)
-        qualities = [
-            quality_of(order, values) for order, values in zip(orders, held_out_quality, strict=True)
-        ]
+        qualities = [quality_of(order, values) for order, values in zip(orders, held_out_quality, strict=True)]
         points.append((count, qualities, _mean_shared([order[: recipe.k] for order in orders])))
     heads = _label_free_order(label_free)
     by_all_labels = rank_by_score(mean_scores(scores, all_samples)[0], label_free)
@@ -321,7 +313,5 @@ def _mean_shared(firsts: Sequence[Sequence[Head]]) -> float:
     >>> _mean_shared([[Head(1, 1), Head(1, 2)], [Head(1, 1), Head(3, 3)]])
     0.5
     """
-    shares = [
-        len(set(one) & set(other)) / max(len(one), 1) for i, one in enumerate(firsts) for other in firsts[:i]
-    ]
+    shares = [len(set(one) & set(other)) / max(len(one), 1) for i, one in enumerate(firsts) for other in firsts[:i]]
     return float(np.mean(shares)) if shares else 1.0

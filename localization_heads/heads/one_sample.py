@@ -68,9 +68,7 @@ def pick_own_heads(
     """
     heads = greedy_heads(statistics, options, k, sensitivity)
     if not heads:
-        raise NoHeadError(
-            f"no head passes the criteria in this sample, so none can ground it: {NO_HEAD_HINT}"
-        )
+        raise NoHeadError(f"no head passes the criteria in this sample, so none can ground it: {NO_HEAD_HINT}")
     return heads
 
 

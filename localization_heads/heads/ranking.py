@@ -201,9 +201,7 @@ def _total_sums(pool: _Pool, draws: NDArray[np.int64]) -> NDArray[np.float64]:
     return total
 
 
-def _total_entropies(
-    pool: _Pool, draws: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _total_entropies(pool: _Pool, draws: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Total and number of the finite entropies over each draw, `[trial, layer * head]`."""
     entropy, finite = (np.zeros((len(draws), math.prod(pool.sums.shape[1:]))) for _ in range(2))
     for rows in pool.chunks(draws):
@@ -230,9 +228,7 @@ def _count_selections(
         for trial, allowed in enumerate(kept):
             candidates = usable & allowed[order]
             sample, rank = np.nonzero(candidates & (candidates.cumsum(axis=1) <= top_n))
-            counts[trial] += np.bincount(
-                order[sample, rank], weights=weights[trial, sample], minlength=kept.shape[1]
-            )
+            counts[trial] += np.bincount(order[sample, rank], weights=weights[trial, sample], minlength=kept.shape[1])
     return counts
 
 
@@ -245,9 +241,7 @@ def _count_selections_per_sample(
     tau = np.zeros(len(draws))
     for rows in pool.chunks(draws):
         flags = np.zeros((rows.size, *shape), bool) if pool.bottom_row is None else pool.bottom_row[rows]
-        samples = zip(
-            pool.sums[rows], pool.entropies[rows], flags.astype(bool), draws[:, rows].T, strict=True
-        )
+        samples = zip(pool.sums[rows], pool.entropies[rows], flags.astype(bool), draws[:, rows].T, strict=True)
         for sums, entropy, bottom_row, weights in samples:
             for head in select_in_sample(sums, entropy, bottom_row, options, top_n):
                 counts[:, head.layer, head.head] += weights
@@ -298,9 +292,7 @@ def _ranked_heads(
         )
         for layer, head in np.ndindex(sums.shape)
     ]
-    heads.sort(
-        key=lambda h: (not h.kept, -h.selection_frequency, -h.attention_sum)
-    )  # stable: then layer, head
+    heads.sort(key=lambda h: (not h.kept, -h.selection_frequency, -h.attention_sum))  # stable: then layer, head
     return tau, tuple(heads)
 
 
@@ -317,9 +309,7 @@ def _check_shapes(
     sums: SampleArray, entropies: SampleArray, bottom_row: SampleArray | None, options: CriteriaOptions
 ) -> None:
     if sums.ndim != 3 or sums.shape != entropies.shape or 0 in sums.shape:
-        raise ValueError(
-            f"sums and entropies must both be [sample, layer, head]: {sums.shape}, {entropies.shape}"
-        )
+        raise ValueError(f"sums and entropies must both be [sample, layer, head]: {sums.shape}, {entropies.shape}")
     if options.bottom_row_filter and (bottom_row is None or bottom_row.shape != sums.shape):
         raise ValueError("bottom_row_filter needs the bottom-row flags of every head in every sample")
 
@@ -354,9 +344,7 @@ def top_by_paper_criteria(ranking: HeadRanking, k: int) -> list[Head]:
 
 
 def _in_paper_order(ranking: HeadRanking) -> list[RankedHead]:
-    return sorted(
-        ranking.kept, key=lambda head: (-head.selection_frequency, -head.attention_sum, head.address)
-    )
+    return sorted(ranking.kept, key=lambda head: (-head.selection_frequency, -head.attention_sum, head.address))
 
 
 def top_by_sensitivity(ranking: HeadRanking, k: int) -> list[Head]:

@@ -208,11 +208,7 @@ class HeadRanking:
             "criteria": _options_to_json(self.options),
             **({} if self.found_with is None else {"found_with": dict(self.found_with)}),
             "heads": [_head_to_json(head) for head in self.kept],
-            **(
-                {"resting": [list(head.address) for head in resting_heads(self)]}
-                if self.has_sensitivity
-                else {}
-            ),
+            **({"resting": [list(head.address) for head in resting_heads(self)]} if self.has_sensitivity else {}),
             "pictures": list(self.pictures),
         }
 
@@ -287,9 +283,7 @@ def resting_heads(ranking: HeadRanking) -> tuple[RankedHead, ...]:
 def _options_to_json(options: CriteriaOptions) -> dict[str, Any]:
     with_sensitivity = options.sensitivity != "none"
     values = {
-        name: getattr(options, name)
-        for name in _CRITERIA
-        if with_sensitivity or name not in _SENSITIVITY_OPTIONS
+        name: getattr(options, name) for name in _CRITERIA if with_sensitivity or name not in _SENSITIVITY_OPTIONS
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

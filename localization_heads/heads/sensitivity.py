@@ -51,9 +51,7 @@ def sensitivity_statistics(
         mirrored: the maps of the mirrored image, not mirrored back, for the expression with left and right swapped.
     """
     roots, shape = _sqrt_normalised(maps), maps.shape[:2]
-    overlaps = [
-        _overlap_of_roots(roots, _sqrt_normalised(other)) for other in others if other.shape == maps.shape
-    ]
+    overlaps = [_overlap_of_roots(roots, _sqrt_normalised(other)) for other in others if other.shape == maps.shape]
     sensitivity = 1 - np.mean(overlaps, axis=0) if overlaps else np.full(shape, np.nan)
     consistency = np.full(shape, np.nan)
     if mirrored is not None and mirrored.shape == maps.shape:

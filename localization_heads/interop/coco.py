@@ -42,9 +42,7 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
             images[key] = _image_entry(_image_id(sample, used_ids), sample, prediction)
         image = images[key]
         for instance in [prediction] if prediction.boxes is None else prediction.boxes:
-            annotations.append(
-                _annotation(len(annotations) + 1, image["id"], sample, prediction.id, instance)
-            )
+            annotations.append(_annotation(len(annotations) + 1, image["id"], sample, prediction.id, instance))
     return {
         "info": {"description": "localization-heads predictions"},
         "images": list(images.values()),

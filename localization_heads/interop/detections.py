@@ -44,9 +44,7 @@ def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] |
     )
 
 
-def to_fiftyone(
-    predictions: Iterable[Prediction], samples: Mapping[str, Sample], name: str | None = None
-) -> Any:
+def to_fiftyone(predictions: Iterable[Prediction], samples: Mapping[str, Sample], name: str | None = None) -> Any:
     """Convert predictions to a `fiftyone.Dataset`: one sample per image with `predictions` and any `ground_truth`.
 
     Boxes are relative to the image, masks are cropped to their box, labels are the expressions.
@@ -118,6 +116,4 @@ def _import_extra(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise UsageError(
-            f"{module} is not installed: pip install 'localization-heads[{module}]' ({error})"
-        ) from None
+        raise UsageError(f"{module} is not installed: pip install 'localization-heads[{module}]' ({error})") from None

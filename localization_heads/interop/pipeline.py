@@ -31,9 +31,7 @@ class GroundingPipeline:
     def __repr__(self) -> str:
         return f"GroundingPipeline({self.lvlm.name})"
 
-    def __call__(
-        self, image: AnyImage, expressions: str | Sequence[str]
-    ) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(self, image: AnyImage, expressions: str | Sequence[str]) -> dict[str, Any] | list[dict[str, Any]]:
         """Return `{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`, or a list of these for several.
 
         As in transformers, the box is in whole pixels and the mask a PIL image of mode L that is 255 inside.

@@ -47,9 +47,7 @@ def attend_with_extras(
             none, the model lists what it sees.
     """
     contrasts_siblings = extra_prompts.contrast == "siblings"
-    if extra_prompts.signals or (
-        contrasts_siblings and not extra_prompts.comparison_words and not all(siblings)
-    ):
+    if extra_prompts.signals or (contrasts_siblings and not extra_prompts.comparison_words and not all(siblings)):
         image.encode()  # the model will generate, which takes all layers: avoid encoding twice
     maps = image.attend(expressions, last_layer=last_layer)
     if extra_prompts.signals:
@@ -59,9 +57,7 @@ def attend_with_extras(
         others = [(BACKGROUND,)] * len(maps)
     elif contrasts_siblings and extra_prompts.comparison_words:
         others = [
-            comparison_expressions(
-                one.query, other_expressions(one.query, own), extra_prompts.comparison_words
-            )
+            comparison_expressions(one.query, other_expressions(one.query, own), extra_prompts.comparison_words)
             for one, own in zip(maps, siblings, strict=True)
         ]
     elif contrasts_siblings:
@@ -119,9 +115,7 @@ def _with_signals(image: EncodedImage, maps: Sequence[AttentionMaps]) -> list[At
     ]
     if (yes_no := yes_no_tokens(image.lvlm.processor.tokenizer)) is None:
         return maps
-    presence, statement = (
-        [_question(template, text) for text in texts] for template in (PRESENCE, STATEMENT)
-    )
+    presence, statement = ([_question(template, text) for text in texts] for template in (PRESENCE, STATEMENT))
     usable = [prompt.expression for prompt in _prepare_usable(image, [*presence, *statement])]
     answers = _generate(image, usable, 0, yes_no)
     logits = {text: answer.yes_logit for text, answer in zip(usable, answers, strict=True)}

@@ -65,9 +65,7 @@ class AttentionModel(ModelWithProcessor):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._layout = lru_cache(LAYOUT_CACHE_SIZE)(
-            self._compute_layout
-        )  # shared by the copies that `prompted` makes
+        self._layout = lru_cache(LAYOUT_CACHE_SIZE)(self._compute_layout)  # shared by the copies that `prompted` makes
         self.video_settings: Callable[[], Mapping[str, Any]] = dict  # the checkpoint's own, if it has any
         if self.model.config.model_type == "llama4":
             self.model.language_model.register_forward_hook(_add_image_outputs)
@@ -112,9 +110,7 @@ class AttentionModel(ModelWithProcessor):
         except UsageError:
             return None
 
-    def answer_recorder(
-        self, yes_no: YesNoTokens | None = None, token_mask: Tensor | None = None
-    ) -> AnswerRecorder:
+    def answer_recorder(self, yes_no: YesNoTokens | None = None, token_mask: Tensor | None = None) -> AnswerRecorder:
         return AnswerRecorder(eos_token_ids(self.model), yes_no, token_mask)
 
     def read_attention(
@@ -140,9 +136,7 @@ class AttentionModel(ModelWithProcessor):
         if query.answer_tokens is None:
             return map(SampleAttention, rows)
         answers = recorder.answers(self.processor.tokenizer, query.answer_tokens)
-        return starmap(
-            SampleAttention, zip(rows, recorder.mean_rows or [None] * len(rows), answers, strict=True)
-        )
+        return starmap(SampleAttention, zip(rows, recorder.mean_rows or [None] * len(rows), answers, strict=True))
 
     def _read_span_attention(
         self,
@@ -168,9 +162,7 @@ class AttentionModel(ModelWithProcessor):
         """Bool (B, n): which tokens of each answer spell the span. n ends with the last such token of the batch."""
         tokenizer = self.processor.tokenizer
         spans = [
-            self.span_token_indices(
-                align_tokens(tokenizer.decode, ids, control_token_ids(tokenizer)), expression
-            )
+            self.span_token_indices(align_tokens(tokenizer.decode, ids, control_token_ids(tokenizer)), expression)
             for ids, expression in zip(token_ids, expressions, strict=True)
         ]
         mask = torch.zeros(len(spans), 1 + max(map(max, spans)), dtype=torch.bool)
@@ -181,9 +173,7 @@ class AttentionModel(ModelWithProcessor):
     def span_token_indices(self, answer: TokenizedText, expression: str) -> Sequence[int]:
         """Indices of the answer's tokens that `answer_span` selects. UsageError, with the answer, if there are none."""
         if self.box_format is None:
-            return tokens_of_span(
-                answer, str(self.answer_span).replace("{}", strip_closing_marks(expression))
-            )
+            return tokens_of_span(answer, str(self.answer_span).replace("{}", strip_closing_marks(expression)))
         if indices := tokens_of_match(answer, self.box_format.pattern):
             return indices
         raise UsageError(f"answer_span=box: the answer is {shown(answer.text, 200)}, which holds no box")
@@ -219,9 +209,7 @@ class AttentionModel(ModelWithProcessor):
         if not self.uses_cross_attention:
             rows = {layer: crop_to_prompt(row, length, query.step) for layer, row in rows.items()}
         if not rows:
-            raise WorkError(
-                f"{self.name}: no attention was seen; its attention implementation cannot be captured"
-            )
+            raise WorkError(f"{self.name}: no attention was seen; its attention implementation cannot be captured")
         if recorder is not None and query.answer_tokens is not None:
             recorder.mean_rows = self._mean_answer_rows(attention)
         return list(self._stack_layers(rows))
@@ -288,9 +276,7 @@ class AttentionModel(ModelWithProcessor):
 
         def maps_of(image: Image.Image, views: Sequence[View]) -> AttentionMaps:
             maps, box = read_maps(row.numpy(), views, image.size, self.view)
-            answer_maps = (
-                None if answer_row is None else read_maps(answer_row.numpy(), views, image.size, self.view)[0]
-            )
+            answer_maps = None if answer_row is None else read_maps(answer_row.numpy(), views, image.size, self.view)[0]
             return AttentionMaps(
                 attention=maps,
                 image_box=box,
@@ -311,9 +297,7 @@ class AttentionModel(ModelWithProcessor):
         """The views (grids of image tokens) of one sample of a processed batch, which shows a single image."""
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
 
-    def views_of_images(
-        self, inputs: Mapping[str, Any], sample: int, shown: PromptImages
-    ) -> list[list[View]]:
+    def views_of_images(self, inputs: Mapping[str, Any], sample: int, shown: PromptImages) -> list[list[View]]:
         """The views of each image of one sample of a processed batch."""
         if not isinstance(shown, LoadedImages):
             return [self.views_in(inputs, sample, shown)]

@@ -65,15 +65,11 @@ def attend_clip(
     if not frames:
         return []
     if len(frames) > MAX_FRAMES_PER_PROMPT:
-        raise UsageError(
-            f"a clip of {len(frames)} frames: {MAX_FRAMES_PER_PROMPT} at most go into one prompt"
-        )
+        raise UsageError(f"a clip of {len(frames)} frames: {MAX_FRAMES_PER_PROMPT} at most go into one prompt")
     if lvlm.paraphrases:
         raise UsageError("video=native: leave out paraphrases=, which asks about images")
     if lvlm.changes:
-        raise UsageError(
-            "clips cannot be used while heads are switched off or steered: give the frames as images"
-        )
+        raise UsageError("clips cannot be used while heads are switched off or steered: give the frames as images")
     if not lvlm.image_comes_first:
         raise UsageError("video=native: the chat template puts the video after the text; use conv_mode=plain")
     times = [_FRAME_INTERVAL * n for n in range(len(frames))] if times is None else times
@@ -110,9 +106,7 @@ def prepare_clip(
     size: Size = frames[0].size
     if any(frame.size != size for frame in frames) or len(times) != len(frames):
         raise UsageError("the frames of a clip must be of one size, with one time for each")
-    problem = (
-        f"the processor of {lvlm.name} does not take the video ({size[0]} x {size[1]} pixels) with its text"
-    )
+    problem = f"the processor of {lvlm.name} does not take the video ({size[0]} x {size[1]} pixels) with its text"
     with memory_errors(), processor_errors(problem):
         video = VIDEO_FAMILIES[lvlm.model.config.model_type](lvlm, frames, times)
         before, placeholder, after = text.partition(lvlm.image_text)
@@ -174,10 +168,7 @@ def _qwen2(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[
     _, rows, columns = outputs[0]["image_grid_thw"][0].tolist()
     merged = ip.temporal_patch_size
     # For an image, the processor repeats the frame along the time axis of a patch: [patch, colour, time, pixel].
-    patches = [
-        output["pixel_values"].view(rows * columns, -1, merged, ip.patch_size**2)[:, :, 0]
-        for output in outputs
-    ]
+    patches = [output["pixel_values"].view(rows * columns, -1, merged, ip.patch_size**2)[:, :, 0] for output in outputs]
     patches += patches[-1:] * (-len(patches) % merged)
     steps = [torch.stack(patches[at : at + merged], 2) for at in range(0, len(patches), merged)]
     t, h, w = len(steps), rows // ip.merge_size, columns // ip.merge_size
@@ -203,9 +194,7 @@ def _pixel_limits(lvlm: AttentionModel, num_frames: int) -> dict[str, int]:
     where = f"video=native: the settings for videos of {lvlm.name} have "
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
         if (value := settings.get(name)) not in (None, getattr(ip, name)):
-            raise UsageError(
-                f"{where}{name}={shown(value)}, those for images {getattr(ip, name)}: they must be equal"
-            )
+            raise UsageError(f"{where}{name}={shown(value)}, those for images {getattr(ip, name)}: they must be equal")
     size = settings["size"] if isinstance(settings.get("size"), dict) else {}
     least, most = (settings.get(old) or size.get(new) for old, new in _PIXEL_LIMITS.items())
     if least is None or most is None:
@@ -213,9 +202,7 @@ def _pixel_limits(lvlm: AttentionModel, num_frames: int) -> dict[str, int]:
         most = min(MAX_TOKENS * cell, ip.size["longest_edge"])
         return {"shortest_edge": min(MIN_TOKENS * cell, most), "longest_edge": most}
     if not all(isinstance(area, int) and area > 0 for area in (least, most)) or least > most:
-        raise UsageError(
-            f"{where}areas from {shown(least)} to {shown(most)} pixels: write them in ascending order"
-        )
+        raise UsageError(f"{where}areas from {shown(least)} to {shown(most)} pixels: write them in ascending order")
     share = 1 if lvlm.model.config.model_type in ("qwen2_vl", "qwen2_5_vl") else num_frames
     most = max(1, min(most // share, MAX_PREPARED_PIXELS // num_frames))
     return {"shortest_edge": min(-(-least // share), most), "longest_edge": most}
@@ -236,9 +223,7 @@ def _qwen3(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[
     return video._replace(text="".join(f"<{middle:.1f} seconds>{placeholder}" for middle in middles))
 
 
-def _llava_onevision(
-    lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]
-) -> VideoTokens:
+def _llava_onevision(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]) -> VideoTokens:
     """LLaVA-OneVision: each frame resized to a square, its grid halved by interpolation; one token ends the video."""
     ip, vision = lvlm.processor.image_processor, lvlm.model.config.vision_config
     side = ip.size["height"]
@@ -258,9 +243,7 @@ def _llava_onevision(
     )
 
 
-def _llava_next_video(
-    lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]
-) -> VideoTokens:
+def _llava_next_video(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]) -> VideoTokens:
     """LLaVA-NeXT-Video: the centre crop of each frame, in cells of 2 x 2 patches."""
     config = lvlm.model.config
     return _centre_crops(lvlm, frames, patches_of(config.vision_config)[0] // config.spatial_pool_stride)

@@ -61,9 +61,7 @@ class Conversation:
         return prompt if self.image else prompt.replace(f"{self.lvlm.image_token}\n", "")
 
 
-def stream(
-    lvlm: LVLM, image: PromptImages | None, prompt: str, max_new_tokens: int
-) -> Generator[str, None, None]:
+def stream(lvlm: LVLM, image: PromptImages | None, prompt: str, max_new_tokens: int) -> Generator[str, None, None]:
     """Generate greedily in a thread, and yield the text as it comes. The thread ends with the iterator.
 
     Raises:

@@ -49,11 +49,7 @@ def _json_values(value: Any) -> Any:
     """A configuration as JSON values, without where it is stored and what wrote it."""
     if isinstance(value, Mapping):
         values = {str(key): _json_values(item) for key, item in value.items()}
-        return {
-            key: item
-            for key, item in values.items()
-            if not key.startswith("_") and key not in _IGNORED_SETTINGS
-        }
+        return {key: item for key, item in values.items() if not key.startswith("_") and key not in _IGNORED_SETTINGS}
     if isinstance(value, list | tuple):
         return [_json_values(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else type(value).__name__

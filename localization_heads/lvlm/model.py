@@ -136,9 +136,7 @@ class LVLM(AttentionModel):
             parts.append((unshared, prepare_unshared(self, *pairs)))
         return PreparedBatch(parts)
 
-    def attend_mirrored(
-        self, image: Image.Image, expression: str, maps: AttentionMaps
-    ) -> NDArray[np.float32] | None:
+    def attend_mirrored(self, image: Image.Image, expression: str, maps: AttentionMaps) -> NDArray[np.float32] | None:
         """The maps of the mirrored image with left and right swapped in the expression, for the sensitivity.
 
         Args:
@@ -198,9 +196,7 @@ class LVLM(AttentionModel):
             NotFiniteError: NaN or infinite attention.
         """
         image = image_at(image, None)
-        chosen = tuple(
-            Head(*head) for head in heads or self.heads_auto() or self.pick_own_heads(image, query)
-        )
+        chosen = tuple(Head(*head) for head in heads or self.heads_auto() or self.pick_own_heads(image, query))
         return trace_answer(
             self,
             image,

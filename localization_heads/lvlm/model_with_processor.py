@@ -292,9 +292,7 @@ class ModelWithProcessor:
         text = clean_expression(expression, self.control_tokens)
         if box_format is not None:
             return locate_expression(lambda words: self.box_prompt(box_format, words), text)
-        return locate_expression(
-            lambda words: self._render_cached(words, conv_mode, system, num_images), text
-        )
+        return locate_expression(lambda words: self._render_cached(words, conv_mode, system, num_images), text)
 
     def box_prompt(self, box_format: BoxFormat, expression: str) -> str:
         """The whole prompt that asks for a box. UsageError if it needs a chat template and the model has none."""
@@ -318,9 +316,7 @@ class ModelWithProcessor:
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
         """The rendered messages. UsageError if the checkpoint has no chat template, or it rejects the messages."""
         if chat_template_of(self.processor) is None:
-            raise UsageError(
-                f"conv_mode=chat: {self.name} has no chat template; use conv_mode=referseg or plain"
-            )
+            raise UsageError(f"conv_mode=chat: {self.name} has no chat template; use conv_mode=referseg or plain")
         try:
             return render_chat(self.processor, messages)
         except TemplateError as error:
@@ -359,9 +355,7 @@ class ModelWithProcessor:
         """The inputs with all tensors on the model's device, pixels in its precision."""
         device, dtype = self.device, self.model.dtype
         return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            if isinstance(value, Tensor)
-            else value
+            name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
 
@@ -407,9 +401,7 @@ class ModelWithProcessor:
     def tokenize(self, prompt: str) -> dict[str, Any]:
         """The model inputs of one prompt whose image or video placeholders are expanded already."""
         with self._tokenizing:
-            inputs = dict(
-                self.processor.tokenizer([prompt], return_tensors="pt", **self._bos_options([prompt]))
-            )
+            inputs = dict(self.processor.tokenizer([prompt], return_tensors="pt", **self._bos_options([prompt])))
         inputs.pop("token_type_ids", None)
         if getattr(self.processor, "return_mm_token_type_ids", False):
             types = self.processor.create_mm_token_type_ids(inputs["input_ids"].tolist())

@@ -44,9 +44,7 @@ def native_box_format(lvlm: LVLM, native: bool | None, *, by_default: bool) -> B
     return box_format
 
 
-def generate_box(
-    lvlm: LVLM, box_format: BoxFormat, image: Image.Image, expression: str
-) -> tuple[Box | None, str]:
+def generate_box(lvlm: LVLM, box_format: BoxFormat, image: Image.Image, expression: str) -> tuple[Box | None, str]:
     """The model's own box for an expression (None if it writes none), and its whole answer, greedily generated.
 
     Raises:

@@ -110,10 +110,7 @@ class EncodedImage:
             return self.attend_prepared([self.prepare(text) for text in texts], last_layer)
 
         if paraphrases := self.lvlm.paraphrases:
-            return [
-                average_paraphrases(attend_verbatim(paraphrase(text, paraphrases)), text)
-                for text in expressions
-            ]
+            return [average_paraphrases(attend_verbatim(paraphrase(text, paraphrases)), text) for text in expressions]
         return attend_verbatim(expressions)
 
     def prepare(self, expression: str) -> PreparedPrompt:
@@ -123,9 +120,7 @@ class EncodedImage:
         return PreparedPrompt(expression, prompt, inputs, self.lvlm.query([prompt], inputs))
 
     @memory_errors()
-    def attend_prepared(
-        self, prompts: Sequence[PreparedPrompt], last_layer: int | None = None
-    ) -> list[AttentionMaps]:
+    def attend_prepared(self, prompts: Sequence[PreparedPrompt], last_layer: int | None = None) -> list[AttentionMaps]:
         """The model's part of `attend`, with each expression worded as it was prepared."""
         if not prompts:
             return []
@@ -228,18 +223,14 @@ class EncodedImage:
             generates: the model generates after the prompts, or reads them up to the LM head: that takes all layers.
             answer_tokens: length of an answer that is generated without capturing its attention.
         """
-        longest = max(
-            (len(one.ids) + (one.query.answer_tokens or answer_tokens) for one in prompts), default=0
-        )
+        longest = max((len(one.ids) + (one.query.answer_tokens or answer_tokens) for one in prompts), default=0)
         if not prompts or longest > max_shareable_length(self.lvlm.model.config):
             return None, 0
         prefix = self.encode(None if generates else last_layer)
         if prefix is None or (generates and not prefix.can_be_cut):
             return None, 0
         # A query token is never part of the shared prefix: its attention has to be captured.
-        start = min(
-            min(common_prefix_length(prefix.ids, prompt.ids), prompt.first_query) for prompt in prompts
-        )
+        start = min(min(common_prefix_length(prefix.ids, prompt.ids), prompt.first_query) for prompt in prompts)
         if start <= self._last_image_token or (start < len(prefix.ids) and not prefix.can_be_cut):
             return None, 0
         return prefix, start
@@ -300,9 +291,7 @@ class EncodedImage:
         return self.lvlm.views_of_images(self._first_inputs, 0, self.image)
 
 
-def prepare_unshared(
-    lvlm: AttentionModel, images: Sequence[PromptImages], expressions: Sequence[str]
-) -> ComputeMaps:
+def prepare_unshared(lvlm: AttentionModel, images: Sequence[PromptImages], expressions: Sequence[str]) -> ComputeMaps:
     """Prepare a batch of independent prompts, padded to one length. The CPU part runs now, the model's part later."""
     prompts = [lvlm.located_prompt(expression) for expression in expressions]
     unique = {id(image): image for image in images}
@@ -326,9 +315,7 @@ def prepare_unshared(
 T = TypeVar("T")
 
 
-def _by_length(
-    prompts: Sequence[PreparedPrompt], run: Callable[[Sequence[PreparedPrompt]], list[T]]
-) -> list[T]:
+def _by_length(prompts: Sequence[PreparedPrompt], run: Callable[[Sequence[PreparedPrompt]], list[T]]) -> list[T]:
     """Run each group of equally long prompts, and return the results in the prompts' order.
 
     Without padding, the tokens of an answer follow the prompt's in every sample.

@@ -78,9 +78,7 @@ def trace_answer(
     (ids,) = answer.token_ids(max_new_tokens)
     steps = attention.steps[: len(ids) + 1]
     if len(steps) <= len(ids) or any(len(step) < len(kept_heads) for step in steps):
-        raise WorkError(
-            f"{lvlm.name}: the attention of its decoding steps was not seen; use query_token=last"
-        )
+        raise WorkError(f"{lvlm.name}: the attention of its decoding steps was not seen; use query_token=last")
     rows = np.stack([_pick_heads(step, kept_heads, heads) for step in steps])
     if not np.isfinite(rows).all():
         raise NotFiniteError
@@ -197,9 +195,7 @@ def _pick_heads(
     return np.stack([step[layer][kept_heads[layer].index(number)] for layer, number in heads])
 
 
-def _stack_layers(
-    lvlm: AttentionModel, steps: Sequence[dict[int, NDArray[np.float32]]]
-) -> NDArray[np.float32]:
+def _stack_layers(lvlm: AttentionModel, steps: Sequence[dict[int, NDArray[np.float32]]]) -> NDArray[np.float32]:
     """`[N + 1, layer, head, h, w]`; layers that do not see the image stay zero. Empties the steps to save memory."""
     shape = next(iter(steps[0].values())).shape
     stacked = np.zeros((len(steps), lvlm.num_layers, *shape), np.float32)

@@ -58,9 +58,7 @@ def singulars(word: str) -> list[str]:
     endings = {"ies": "y", "ves": "f", "s": "", "es": "", "i": "us"}
     if word.endswith("ss"):
         return []
-    return [
-        word.removesuffix(plural) + singular for plural, singular in endings.items() if word.endswith(plural)
-    ]
+    return [word.removesuffix(plural) + singular for plural, singular in endings.items() if word.endswith(plural)]
 
 
 def warn_of_unknown_words(lvlm: ModelWithProcessor, expressions: Sequence[str]) -> None:

@@ -81,9 +81,7 @@ def register(program: str) -> None:
     before = [{name: choice} for name, choice in groups.items() if name not in overriding]
     after = [{name: choice} for name, choice in groups.items() if name in overriding]
     quiet = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    store.store(
-        name=program, node={"defaults": [*before, "_self_", *after, *quiet], **values, "hydra": _HYDRA}
-    )
+    store.store(name=program, node={"defaults": [*before, "_self_", *after, *quiet], **values, "hydra": _HYDRA})
     for name, field in kind.__pydantic_fields__.items():
         if name in groups and (group := option_group(field)):
             store.store(group=name, name=BASE, node=to_plain(group()))
@@ -121,9 +119,7 @@ def help_text(program: str) -> str:
         group = option_group(field)
         if name in groups and group:
             lines += _entry(name, groups[name], field.description)
-            preset_sections[name] = _section(
-                f"{name}={groups[name]}", name, group, load_preset(name, groups[name])
-            )
+            preset_sections[name] = _section(f"{name}={groups[name]}", name, group, load_preset(name, groups[name]))
         elif group:
             lines += _section(str(field.description).rstrip("."), name, group, {})
         else:
@@ -200,9 +196,7 @@ def implied_overrides(program: str, words: Sequence[str]) -> list[str]:
     if experiment == "ladder":  # each rung sets its own read-out
         return []
     reproduces = (
-        experiment != "none"
-        or given.get("criteria", "").startswith("published")
-        or given.get("stage") == "experiment"
+        experiment != "none" or given.get("criteria", "").startswith("published") or given.get("stage") == "experiment"
     )
     return ["grounding=paper"] if reproduces else []
 

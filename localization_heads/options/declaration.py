@@ -99,11 +99,7 @@ def first_changed_option(name: str, value: Any) -> str:
 def measured_values(values: Options) -> dict[str, Any]:
     """The values of a group that stored statistics depend on, by name."""
     fields = type(values).__pydantic_fields__
-    return {
-        name: getattr(values, name)
-        for name, field in fields.items()
-        if option_metadata(field).get("measured")
-    }
+    return {name: getattr(values, name) for name, field in fields.items() if option_metadata(field).get("measured")}
 
 
 def _one_line_error(kind: type[Options], error: ValidationError) -> Exception:
@@ -185,9 +181,7 @@ def _image_choice(value: Any) -> Any:
 def _head_choice(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(expand_home(str(item)) for item in value)
-    looks_like_list = (
-        isinstance(value, str) and ("," in value or value[:1] == "[") and not value.endswith(".json")
-    )
+    looks_like_list = isinstance(value, str) and ("," in value or value[:1] == "[") and not value.endswith(".json")
     if looks_like_list or isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise ValueError("no heads")
     return expand_home(str(value))
@@ -205,9 +199,7 @@ FolderPath = Annotated[PathText, Requirement("give a folder")]
 FolderName = Annotated[Text, AfterValidator(check_id), Requirement("give a plain folder name")]
 """A single path component, since files are written into the folder."""
 Fraction = Annotated[float, Field(gt=0, le=1), Requirement("give a number above 0 and at most 1")]
-OddInt = Annotated[
-    int, Field(ge=1, le=63), AfterValidator(_odd), Requirement("give an odd number from 1 to 63")
-]
+OddInt = Annotated[int, Field(ge=1, le=63), AfterValidator(_odd), Requirement("give an odd number from 1 to 63")]
 FromList = BeforeValidator(_as_tuple)
 """For a field of type tuple: also accepts a list, as Hydra gives it."""
 Item = TypeVar("Item")
@@ -231,9 +223,7 @@ HeadChoice = Annotated[
     Any,
     AfterValidator(_head_choice),
     ReadAs("paths"),
-    Requirement(
-        "write auto, greedy, a heads.json, a hub repository user/repo, or a list such as [14-24,14-13]"
-    ),
+    Requirement("write auto, greedy, a heads.json, a hub repository user/repo, or a list such as [14-24,14-13]"),
 ]
 """A name, or a tuple of heads; resolved by `head_choice.choose_heads`."""
 

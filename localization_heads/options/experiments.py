@@ -52,13 +52,11 @@ class ExperimentOptions(Options):
         None,
         "Fig. 13: thresholds of criterion 1; null uses 0, 1/4, 1/2, 3/4, 1, 5/4, 3/2 and 2 times the elbow.",
     )
-    top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], FromList, Field(min_length=1)] = (
-        option(tuple(range(1, 15)), "Fig. 14: numbers of heads selected per sample.")
+    top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], FromList, Field(min_length=1)] = option(
+        tuple(range(1, 15)), "Fig. 14: numbers of heads selected per sample."
     )
     min_frequency: float = option(0.01, "Fig. 6b: minimum selection frequency of a head.", ge=0, le=1)
-    random_sets: int = option(
-        20, "Number of sets of random heads from the same layers to compare with.", ge=2, le=1000
-    )
+    random_sets: int = option(20, "Number of sets of random heads from the same layers to compare with.", ge=2, le=1000)
 
 
 @options

@@ -65,8 +65,7 @@ class BenchmarkOptions(Options):
     )
     allow_leakage: bool = option(
         False,
-        "Allow heads to be used on images that they were found on, and training samples to contain evaluation "
-        "images.",
+        "Allow heads to be used on images that they were found on, and training samples to contain evaluation images.",
     )
     dataset_folder: PathText = option(
         "outputs/datasets", "Folder that prepared files are written to.", stages=("prepare",)
@@ -123,9 +122,7 @@ class InstanceOptions(Options):
         if self.instances_by != "components" and self.instances != "all":
             raise UsageError(f"instances_by={self.instances_by}: write instances=all, or leave it out")
         if self.instances_by == "segmenter" and self.segmenter.kind == "none":  # type: ignore[attr-defined]
-            raise UsageError(
-                "instances_by=segmenter needs a segmenter that proposes objects: leave out segmenter=none"
-            )
+            raise UsageError("instances_by=segmenter needs a segmenter that proposes objects: leave out segmenter=none")
         if self.instances_by == "places" and getattr(self, "paraphrases", None):
             raise UsageError("instances_by=places uses paraphrases of its own: leave out paraphrases=")
         return self
@@ -182,14 +179,10 @@ class VideoOptions(Options):
         """
         if self.video == "frames":
             if self.frames_per_prompt != type(self).__pydantic_fields__["frames_per_prompt"].default:
-                raise UsageError(
-                    "frames_per_prompt=: video=frames shows one frame a prompt; write video=native"
-                )
+                raise UsageError("frames_per_prompt=: video=frames shows one frame a prompt; write video=native")
             return
         if self.video_file is None and not moving:
-            raise UsageError(
-                "video=native needs a video: video_file=, or stage=evaluate data=scenes scenes.frames="
-            )
+            raise UsageError("video=native needs a video: video_file=, or stage=evaluate data=scenes scenes.frames=")
         if wrong := [name for name, is_set in image_options.items() if is_set]:
             raise UsageError(f"video=native: leave out {' and '.join(wrong)}, for images only")
 

@@ -228,9 +228,7 @@ class GroundingOptions(Options):
     means: float = option(
         1.0, "For binarise=mean: the threshold as a multiple of the mean (paper and published code: 1).", ge=1
     )
-    margin: float = option(
-        0.0, "For binarise=mean: a constant that is added to the threshold (paper: 0).", ge=0
-    )
+    margin: float = option(0.0, "For binarise=mean: a constant that is added to the threshold (paper: 0).", ge=0)
     border: Border = option(
         "mirror",
         "Border mode of the smoothing: mirror reflects without repeating the edge cell (c b | a b c, as OpenCV), "
@@ -305,9 +303,7 @@ class SegmenterOptions(Options):
         "is lowest inside the box (signed).",
         kinds=SAMS,
     )
-    multimask: bool = option(
-        False, "Predict three masks and keep the one with the SAM's highest score.", kinds=SAMS
-    )
+    multimask: bool = option(False, "Predict three masks and keep the one with the SAM's highest score.", kinds=SAMS)
     device: Device | None = option(None, "Device of a SAM; null uses that of the model.", kinds=SAMS)
     iterations: int = option(5, "Number of GrabCut iterations.", kinds=("grabcut",), ge=1, le=100)
 
@@ -361,8 +357,7 @@ class ModelSpec(Options):
     ] = option((), "Published localization heads (LAYER-HEAD, counted from 0), best first, for heads=auto.")
     lists: Annotated[tuple[Word, ...], FromList] = option(
         (),
-        "Ready-made head lists for this model, best first (docs/find-heads.md); heads=auto uses the first that "
-        "fits.",
+        "Ready-made head lists for this model, best first (docs/find-heads.md); heads=auto uses the first that fits.",
     )
     top_n: int = option(
         10,

@@ -124,13 +124,9 @@ class FinderOptions(
         "Format of attention files: pkl or safetensors; or published and published_august, which the published "
         "code of June and August 2025 reads (square grids over padded images only).",
     )
-    figure_format: Literal["png", "pdf", "svg"] = option(
-        "png", "Format of figures: png, or pdf or svg for a paper."
-    )
+    figure_format: Literal["png", "pdf", "svg"] = option("png", "Format of figures: png, or pdf or svg for a paper.")
     visualize_batch: bool = option(True, "Draw the maps and the box of a batch's entries.")
-    visualize_limit: Count | None = option(
-        32, "Maximum number of entries to draw in a batch; null draws all."
-    )
+    visualize_limit: Count | None = option(32, "Maximum number of entries to draw in a batch; null draws all.")
     top_k: int = option(3, "Number of heads shown in figures and printed lists.", ge=1, le=100)
     show_plot: bool = option(False, "Also open the figures in a window (needs a display).")
     report: bool = option(
@@ -153,17 +149,14 @@ class FinderOptions(
     )
     max_new_tokens: Count = option(
         0,
-        "Maximum length, in tokens, of the answer that collect and pipeline print (0: none) and trace shows (0: "
-        "64).",
+        "Maximum length, in tokens, of the answer that collect and pipeline print (0: none) and trace shows (0: 64).",
     )
     top_n: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
         "Heads selected per sample when counting the selection frequency (N); null uses model.top_n: the paper's "
         "10 unless the model has few heads.",
     )
-    num_trials: int = option(
-        5, "Number of random draws that the selection frequency is averaged over.", ge=1, le=1000
-    )
+    num_trials: int = option(5, "Number of random draws that the selection frequency is averaged over.", ge=1, le=1000)
     num_samples: int = option(1000, "Number of samples per draw.", ge=1)
     controls: bool = option(
         True,
@@ -201,9 +194,7 @@ class FinderOptions(
         "issue.",
         stages=("doctor",),
     )
-    doctor: DoctorOptions = option(
-        DoctorOptions(), "Check of a new model (stage=doctor).", stages=("doctor",)
-    )
+    doctor: DoctorOptions = option(DoctorOptions(), "Check of a new model (stage=doctor).", stages=("doctor",))
     experiment: ExperimentOptions = option(
         ExperimentOptions(),
         "Experiments of the paper, for stage=experiment: fig3, fig6a, fig6b, random, tab1 to tab5, tab8, fig13, "
@@ -212,9 +203,7 @@ class FinderOptions(
         choice="none",
         stages=("experiment",),
     )
-    ablate: AblateOptions = option(
-        AblateOptions(), "Heads switched off or steered (stage=ablate).", stages=("ablate",)
-    )
+    ablate: AblateOptions = option(AblateOptions(), "Heads switched off or steered (stage=ablate).", stages=("ablate",))
     rung: RungOptions = option(
         RungOptions(),
         "One rung of the ladder, as a preset for any stage: published, padding, hull, fixed, masks, mask_box or "
@@ -232,14 +221,8 @@ class FinderOptions(
         for name, field in type(self).__pydantic_fields__.items():
             stages = option_metadata(field).get("stages")
             if stages and getattr(self, name) != field.default and self.stage not in stages:
-                named = (
-                    name
-                    if option_metadata(field)["choice"]
-                    else first_changed_option(name, getattr(self, name))
-                )
-                raise UsageError(
-                    f"{named}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}"
-                )
+                named = name if option_metadata(field)["choice"] else first_changed_option(name, getattr(self, name))
+                raise UsageError(f"{named}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}")
         self.check_labels()
         if isinstance(self.image_file, tuple):
             if self.stage not in TOGETHER_STAGES:
@@ -252,9 +235,7 @@ class FinderOptions(
             raise UsageError(
                 f"scenes.height={self.scenes.height}: the images have only scenes.size={self.scenes.size} rows"
             )
-        if self.scenes.frames > 1 and (
-            self.scenes.height or self.scenes.absent or self.scenes.targets == "all"
-        ):
+        if self.scenes.frames > 1 and (self.scenes.height or self.scenes.absent or self.scenes.targets == "all"):
             raise UsageError("scenes.frames=: leave out scenes.height=, scenes.absent= and scenes.targets=")
         self.check_video(
             moving=self.stage == "evaluate" and self.data_file == "scenes" and self.scenes.frames > 1,
@@ -306,18 +287,14 @@ class VisualizeOptions(EntryChoice):
         False, "Also draw the connected components that the spatial entropy is computed from."
     )
     top_k: int = option(3, "Number of top heads to show.", ge=1, le=100)
-    k: int = option(
-        3, "Number of heads whose maps are combined for the box (the paper's k).", ge=1, le=10_000
-    )
+    k: int = option(3, "Number of heads whose maps are combined for the box (the paper's k).", ge=1, le=10_000)
     data_file: PathText | None = option(
         "examples/visualization_data.jsonl",
         "For batch: JSON lines with an id, which names the figures, and optionally attention_file, layer and head. "
         "attention_file defaults to that of the id below outputs/localization_heads, layer and head to the top "
         "heads.",
     )
-    output_dir: PathText | None = option(
-        None, "Folder of the figures; null puts each beside its attention file."
-    )
+    output_dir: PathText | None = option(None, "Folder of the figures; null puts each beside its attention file.")
     save_fig: bool = option(True, "Write the figures to disk.")
     show_plot: bool = option(False, "Also open the figures in a window (needs a display).")
     debug: bool = option(False, "Show full tracebacks.")
@@ -335,9 +312,7 @@ class VisualizeOptions(EntryChoice):
     @model_validator(mode="after")
     def _check_box_from(self) -> Self:
         if self.grounding.box_from == "mask":
-            raise UsageError(
-                "grounding.box_from=mask needs a segmenter, which stage=visualize of the finder has"
-            )
+            raise UsageError("grounding.box_from=mask needs a segmenter, which stage=visualize of the finder has")
         return self
 
 
@@ -368,8 +343,7 @@ class DemoOptions(ModelUse):
 
     host: Text = option(
         "127.0.0.1",
-        "Address that the page is served on: 127.0.0.1 for this machine only, 0.0.0.0 for everybody who can reach "
-        "it.",
+        "Address that the page is served on: 127.0.0.1 for this machine only, 0.0.0.0 for everybody who can reach it.",
         section="page",
     )
     port: Annotated[int, Field(ge=1, le=65535)] | None = option(

@@ -68,9 +68,7 @@ class PhrasesOptions(Options):
         "(spacy), or not at all (whole). Each phrase gets its own map, box and mask, under the id <id>_1, <id>_2, "
         "...",
     )
-    model: PathText = option(
-        "en_core_web_sm", "For phrases.by=spacy: the spaCy pipeline, a package or a folder."
-    )
+    model: PathText = option("en_core_web_sm", "For phrases.by=spacy: the spaCy pipeline, a package or a folder.")
 
 
 @options
@@ -87,9 +85,7 @@ class DoctorOptions(Options):
 class EngineOptions(Options):
     """What runs the model over a data set."""
 
-    kind: Literal["local", "ray"] = option(
-        "local", "What runs the model: this process (local) or Ray workers (ray)."
-    )
+    kind: Literal["local", "ray"] = option("local", "What runs the model: this process (local) or Ray workers (ray).")
     num_workers: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
         "Number of workers; null starts one per GPU or, without GPUs, as many as the cores allow.",
@@ -98,8 +94,7 @@ class EngineOptions(Options):
     cpus_per_worker: int = option(2, "CPU cores per worker.", kinds=RAY, ge=1, le=1024)
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = option(
         None,
-        "GPUs per worker, such as 2 with model.device_map=auto, or 0.5 to share one; null uses one if there are "
-        "any.",
+        "GPUs per worker, such as 2 with model.device_map=auto, or 0.5 to share one; null uses one if there are any.",
         kinds=RAY,
     )
     address: Text | None = option(
@@ -150,8 +145,8 @@ def check_answer_span(query_token: str, answer_span: str | None) -> None:
 class AblateOptions(Options):
     """Heads switched off or steered (stage=ablate)."""
 
-    counts: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], FromList, Field(min_length=1)] = (
-        option((0, 1, 2, 3, 5, 10), "Numbers of heads, from the top of the list, to switch off at a time.")
+    counts: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], FromList, Field(min_length=1)] = option(
+        (0, 1, 2, 3, 5, 10), "Numbers of heads, from the top of the list, to switch off at a time."
     )
     draws: int = option(
         5, "Number of random sets, each of as many heads from the same layers, to compare with.", ge=1, le=100

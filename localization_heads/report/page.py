@@ -98,9 +98,7 @@ def _head_charts(facts: HeadFacts) -> dict[str, Any]:
     kept = np.zeros(facts.shape, dtype=bool)
     for head in ranking.kept:
         kept[head.address] = True
-    curve = figures.plot_attention_sums(
-        grids["sum"], ranking.tau, kept=kept, top=facts.used, exclude_layers=exclude
-    )
+    curve = figures.plot_attention_sums(grids["sum"], ranking.tau, kept=kept, top=facts.used, exclude_layers=exclude)
     charts = {"curve": curve}
     points = [
         (head.address, head.selection_frequency, float(grids["iou"][head.address]))
@@ -108,9 +106,7 @@ def _head_charts(facts: HeadFacts) -> dict[str, Any]:
         if math.isfinite(grids["iou"][head.address])
     ]
     if points:
-        charts["scatter"] = figures.plot_frequency_iou(
-            points, least_frequency=LEAST_FREQUENCY, top=facts.used
-        )
+        charts["scatter"] = figures.plot_frequency_iou(points, least_frequency=LEAST_FREQUENCY, top=facts.used)
     labels = {
         "curve": "Average attention sums of the heads in ascending order",
         "scatter": "Selection frequency and mean IoU of each head",

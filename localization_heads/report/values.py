@@ -79,9 +79,7 @@ def summary_tiles(report: Report) -> Iterator[Tile]:
         yield Tile("localization heads", " ".join(map(str, used[:6])))
     if report.heads is not None:
         ranking, (layers, heads) = report.heads.ranking, report.heads.shape
-        left_out = (
-            f", {count_noun(ranking.exclude_layers, 'layer')} left out" if ranking.exclude_layers else ""
-        )
+        left_out = f", {count_noun(ranking.exclude_layers, 'layer')} left out" if ranking.exclude_layers else ""
         yield Tile("kept by criterion 1", f"{len(ranking.kept)}", f"of {layers * heads} heads{left_out}")
         if ranking.tau is not None:
             yield Tile("threshold τ", format_number(ranking.tau))
@@ -100,9 +98,7 @@ def _used(report: Report) -> Sequence[Head]:
 
 def _score_tiles(report: Report) -> list[Tile]:
     low, high = report.metrics.get("acc@0.5_interval") or (None, None)
-    interval = (
-        f"95 % interval {format_number(low, 2)} to {format_number(high, 2)}" if high is not None else ""
-    )
+    interval = f"95 % interval {format_number(low, 2)} to {format_number(high, 2)}" if high is not None else ""
     labels = {"acc@0.5": "Acc@0.5", "mean_iou": "mean IoU", "giou": "gIoU"}
     tiles = [
         Tile(label, format_number(report.metrics[name]), interval if name == "acc@0.5" else "")
@@ -119,11 +115,7 @@ def describe_method(facts: HeadFacts) -> str:
     """An explanation of the ranking's columns for a reader who has not read the paper."""
     ranking = facts.ranking
     where, average = (" in a sample", " on average") if ranking.options.per_sample else ("", "")
-    tau = (
-        ""
-        if ranking.tau is None
-        else f" if its attention sum on the image reaches τ = {format_number(ranking.tau)}"
-    )
+    tau = "" if ranking.tau is None else f" if its attention sum on the image reaches τ = {format_number(ranking.tau)}"
     by = (ranking.found_with or {}).get("heads_by")
     sentences = [
         single_line(facts.origin, 1000),
@@ -156,9 +148,7 @@ def _sensitivity_sentence(ranking: HeadRanking) -> str:
         [
             "Sensitivity: 1 minus the overlap of a head's map with those of other expressions of the same image.",
             _ranked_by(ranking),
-            f"Resting (much attention, maps that hardly follow the expression): {rest}."
-            if rest
-            else "No head rests.",
+            f"Resting (much attention, maps that hardly follow the expression): {rest}." if rest else "No head rests.",
         ]
     )
 
@@ -281,9 +271,7 @@ def _group(title: str, group: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
         return [_pairs(dict(_flattened(group)), title)]
     names = {name for row in group.values() for name in row}
     own = {name: value for name, value in metrics.items() if name in names and not isinstance(value, Mapping)}
-    subgroups = dict.fromkeys(
-        key for row in group.values() for key, value in row.items() if isinstance(value, Mapping)
-    )
+    subgroups = dict.fromkeys(key for row in group.values() for key, value in row.items() if isinstance(value, Mapping))
     tables = [_table(title, {"these heads": own, **group})]
     for key in subgroups:
         rows = {name: row[key] for name, row in group.items() if isinstance(row.get(key), Mapping)}
@@ -300,8 +288,7 @@ def _table(title: str, group: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = [
         name
         for name in dict.fromkeys(name for row in group.values() for name in row)
-        if not name.endswith("_interval")
-        and not any(isinstance(row.get(name), Mapping) for row in group.values())
+        if not name.endswith("_interval") and not any(isinstance(row.get(name), Mapping) for row in group.values())
     ]
     rows = [
         (single_line(name.replace("_", " "), 80), [_value(row, column) for column in columns])
@@ -371,19 +358,13 @@ def rect_attributes(box: Box, image_size: tuple[int, int]) -> dict[str, str]:
 
 def script_data(cards: Sequence[Card]) -> dict[str, Any]:
     """The maps of every sample, for the page's script."""
-    return {
-        "cards": [
-            {"region": [round(edge, 2) for edge in card.image_box], "maps": _maps(card)} for card in cards
-        ]
-    }
+    return {"cards": [{"region": [round(edge, 2) for edge in card.image_box], "maps": _maps(card)} for card in cards]}
 
 
 def _maps(card: Card) -> list[dict[str, Any]]:
     named = list(zip(map(str, card.heads), card.maps, strict=False))
     combined = [] if card.combined is None else [("combined", card.combined)]
-    return [
-        {"name": name, "rows": m.rows, "columns": m.columns, "cells": m.cells} for name, m in named + combined
-    ]
+    return [{"name": name, "rows": m.rows, "columns": m.columns, "cells": m.cells} for name, m in named + combined]
 
 
 def failure_reasons(report: Report) -> list[tuple[int, str]]:

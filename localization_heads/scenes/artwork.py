@@ -86,9 +86,7 @@ def _rotate_sprite(sprite: Image.Image, angle: int) -> Image.Image:
 
 
 @lru_cache(maxsize=8192)
-def sprite_pixels(
-    style: str, name: str, width: int, height: int, outlined: bool = False, angle: int = 0
-) -> np.ndarray:
+def sprite_pixels(style: str, name: str, width: int, height: int, outlined: bool = False, angle: int = 0) -> np.ndarray:
     """The sprite at a given size in pixels, uint8 (height, width, 4), read-only.
 
     `outlined` and `angle`, in degrees, are for training; a rotated sprite is scaled to the same size.

@@ -72,9 +72,7 @@ class Phrase:
 def find_referents(phrase: Phrase, things: Sequence[Thing]) -> list[int]:
     """Indices of the objects that a phrase could refer to."""
     attribute, value = phrase.noun
-    candidates = [
-        i for i, thing in enumerate(things) if attribute == "any" or getattr(thing, attribute) == value
-    ]
+    candidates = [i for i, thing in enumerate(things) if attribute == "any" or getattr(thing, attribute) == value]
     match phrase.modifier:
         case ("place", word):
             return _filter_by_place(candidates, things, *PLACES[word])
@@ -95,9 +93,7 @@ def _filter_by_place(candidates: list[int], things: Sequence[Thing], axis: int, 
     return [i for i in candidates if offset[i] > max(offset.values()) - MARGIN]
 
 
-def _filter_by_relation(
-    candidates: list[int], things: Sequence[Thing], axis: int, sign: int, other: str
-) -> list[int]:
+def _filter_by_relation(candidates: list[int], things: Sequence[Thing], axis: int, sign: int, other: str) -> list[int]:
     """Candidates on the given side of the only object named `other`, mostly along that axis."""
     anchors = [thing for thing in things if thing.name == other]
     if len(anchors) != 1:

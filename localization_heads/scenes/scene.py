@@ -131,14 +131,10 @@ def moving_scene(
     placements = _place_objects(rng, style, count, SMALL[0] / smallest, (0.0, 0.0), 0.4)
     things = tuple(placement.thing() for placement in placements)
     expressions = tuple(
-        expression
-        for expression in generate_expressions(things, rng)
-        if expression.kind not in ("place", "relation")
+        expression for expression in generate_expressions(things, rng) if expression.kind not in ("place", "relation")
     )
     motion_rng = Random(seed + 5)
-    steps = [
-        (motion_rng.uniform(-MAX_STEP, MAX_STEP), motion_rng.uniform(-MAX_STEP, MAX_STEP)) for _ in things
-    ]
+    steps = [(motion_rng.uniform(-MAX_STEP, MAX_STEP), motion_rng.uniform(-MAX_STEP, MAX_STEP)) for _ in things]
     rng_state = rng.getstate()
     for _ in range(num_frames):
         rng.setstate(rng_state)  # so that the background is the same in every frame
@@ -253,9 +249,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return min(a[2], b[2]) - max(a[0], b[0]) > MAX_OVERLAP and min(a[3], b[3]) - max(a[1], b[1]) > MAX_OVERLAP
 
 
-def _render(
-    rng: Random, placements: list[_Placement], size: int, augment: bool
-) -> tuple[np.ndarray, list[np.ndarray]]:
+def _render(rng: Random, placements: list[_Placement], size: int, augment: bool) -> tuple[np.ndarray, list[np.ndarray]]:
     """Render the image and the visible mask of every object; later objects occlude earlier ones."""
     outlined = augment and rng.random() < 0.4
     background = artwork.draw_background(rng, size)

@@ -93,9 +93,7 @@ def _video_entries(options: ScenesOptions, folder: Path) -> Iterator[dict[str, A
     for seed in range(start, start + 2**20):
         if written == options.count:
             return
-        frames = moving_scene(
-            seed, options.frames, size=options.size, style=options.style, smallest=options.smallest
-        )
+        frames = moving_scene(seed, options.frames, size=options.size, style=options.style, smallest=options.smallest)
         first = next(frames)
         if not first.expressions:
             continue
@@ -110,9 +108,7 @@ def _video_entries(options: ScenesOptions, folder: Path) -> Iterator[dict[str, A
 def _draw_samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | GeneralizedExpression]]:
     """Yield scenes with one expression each; with default options, those of `scene_samples`."""
     seeds = SPLITS[options.split]
-    for scene, seed in iterate_scenes(
-        options.seed, options.style, options.size, seeds, smallest=options.smallest
-    ):
+    for scene, seed in iterate_scenes(options.seed, options.style, options.size, seeds, smallest=options.smallest):
         if Random(seed + 2).random() < options.absent:
             yield scene, draw_absent_expression(scene.things, Random(seed + 3))
         elif options.targets == "all" and (plural := draw_plural_expression(scene.things, Random(seed + 4))):

@@ -77,9 +77,7 @@ class GrabCut:
         )
 
 
-def cut(
-    pixels: NDArray[np.uint8], heat: NDArray[np.floating], box: Box, iterations: int = 5
-) -> NDArray[np.bool_]:
+def cut(pixels: NDArray[np.uint8], heat: NDArray[np.floating], box: Box, iterations: int = 5) -> NDArray[np.bool_]:
     """GrabCut on a small image.
 
     Args:

@@ -272,13 +272,9 @@ def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
             raise UsageError(f"{shown}: it is a {model_type}, not a {family.kind}{_suggestion(model_type)}")
         check_size(config.to_dict(), weights_in(checkpoint_folder(source)), shown)
         model_class = getattr(transformers, family.model_class)
-        model, info = model_class.from_pretrained(
-            source, output_loading_info=True, dtype="float32", **settings
-        )
+        model, info = model_class.from_pretrained(source, output_loading_info=True, dtype="float32", **settings)
     if missing := sorted(info["missing_keys"]):
-        raise WorkError(
-            f"segmenter.name={name}: its checkpoint lacks {len(missing)} tensors, such as {missing[0]}"
-        )
+        raise WorkError(f"segmenter.name={name}: its checkpoint lacks {len(missing)} tensors, such as {missing[0]}")
     return model, *_colour_statistics(family, source, settings)
 
 
@@ -293,15 +289,11 @@ def _colour_statistics(family: Family, source: str, settings: dict[str, Any]) ->
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(
-            source, local_files_only=settings["local_files_only"]
-        )
+        config, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=settings["local_files_only"])
     except (OSError, ValueError) as error:
         logging.getLogger(__name__).debug("%s: no preprocessor_config.json (%s)", source, error)
         return family.mean, family.std
-    return _as_colours(config.get("image_mean"), family.mean), _as_colours(
-        config.get("image_std"), family.std
-    )
+    return _as_colours(config.get("image_mean"), family.mean), _as_colours(config.get("image_std"), family.std)
 
 
 def _as_colours(values: Any, default: Colours) -> Colours:

@@ -220,9 +220,7 @@ def refine(
     if segmenter is None or image is None or not grounding.cells.any():
         return grounding
     if image.size != grounding.image_size:
-        log.warning(
-            "%sthe image is no longer the one that the maps are of: the mask is that of the map", entry
-        )
+        log.warning("%sthe image is no longer the one that the maps are of: the mask is that of the map", entry)
         return grounding
     prompt = replace(grounding, box=_widened_box(grounding)) if box_from == "refined" else grounding
     mask = segmenter.segment(image, prompt)

@@ -103,10 +103,7 @@ def answers_without(run: Run, entries: Entries, conditions: Sequence[Condition])
             f'experiment=causal: line {unknown.line} ({unknown.id}) has no "answer"; write one into each entry, or use '
             "data=scenes"
         )
-    by_id = {
-        sample.id: make_questions(sample.expression, expected.answers[sample.line])
-        for sample in entries.samples
-    }
+    by_id = {sample.id: make_questions(sample.expression, expected.answers[sample.line]) for sample in entries.samples}
     work = Ablation(tuple(conditions), MeasurementPlan(by_id, {}, None, maps=False))
     log = ResultLog(run.folder, "causal", _settings(run, work))
     measurements = _measure_entries(run, entries, work, log)
@@ -151,14 +148,10 @@ def _plan_measurements(run: Run, entries: Entries, data_file: str) -> Measuremen
             entries.fail(by_line[bad.line], bad.reason)
     if run.options.ablate.steer:
         regions = {
-            sample.id: expected.regions[sample.line]
-            for sample in entries.usable
-            if sample.line in expected.regions
+            sample.id: expected.regions[sample.line] for sample in entries.usable if sample.line in expected.regions
         }
         plan = MeasurementPlan({}, regions, None, maps=False)
-        needed = (
-            'regions, such as "regions": [{"bbox": [x0, y0, x1, y1], "answer": "dog"}, ...] (or data=scenes)'
-        )
+        needed = 'regions, such as "regions": [{"bbox": [x0, y0, x1, y1], "answer": "dog"}, ...] (or data=scenes)'
     else:
         native = None
         if measure in ("boxes", "all"):
@@ -178,9 +171,7 @@ def _plan_measurements(run: Run, entries: Entries, data_file: str) -> Measuremen
         if not (sample.id in plan.questions or sample.id in plan.regions or has_boxes):
             entries.fail(sample, f"nothing can be measured: it has no {needed}")
     if not entries.usable:
-        raise UsageError(
-            f"stage=ablate needs entries with {needed}; the first: {entries.sorted_failures()[0]}"
-        )
+        raise UsageError(f"stage=ablate needs entries with {needed}; the first: {entries.sorted_failures()[0]}")
     return plan
 
 
@@ -276,13 +267,11 @@ class Ablation:
         sample = entry.sample
         if regions := self.plan.regions.get(sample.id):
             return {
-                condition.name: self._measure_steered(run, entry, condition, regions)
-                for condition in self.conditions
+                condition.name: self._measure_steered(run, entry, condition, regions) for condition in self.conditions
             }
         truth = truth_of(sample, entry.single_image.size) if sample.bbox or sample.mask else None
         return {
-            condition.name: self._measure_switched_off(run, entry, condition, truth)
-            for condition in self.conditions
+            condition.name: self._measure_switched_off(run, entry, condition, truth) for condition in self.conditions
         }
 
     def _measure_switched_off(
@@ -292,9 +281,7 @@ class Ablation:
         with _switched_off(run, condition.heads):
             encoded = lvlm.encode_image(entry.single_image)
             if asked := self.plan.questions.get(sample.id):
-                answers = encoded.generate(
-                    [question.text for question in asked], run.options.ablate.answer_tokens
-                )
+                answers = encoded.generate([question.text for question in asked], run.options.ablate.answer_tokens)
                 correct = [
                     contains_answer(answer.text, question.answer)
                     for answer, question in zip(answers, asked, strict=True)
@@ -325,9 +312,7 @@ class Ablation:
                 encoded = run.lvlm.encode_image(entry.single_image)
                 answer = encoded.generate([entry.sample.expression], run.options.ablate.answer_tokens)[0].text
             inside = contains_answer(answer, region.answer)
-            outside = any(
-                contains_answer(answer, other.answer) for other in regions if other.answer != region.answer
-            )
+            outside = any(contains_answer(answer, other.answer) for other in regions if other.answer != region.answer)
             follows.append(inside and not outside)
             leaves.append(outside and not inside)
         return {"follows": float(np.mean(follows)), "leaves": float(np.mean(leaves))}
@@ -358,9 +343,7 @@ def _settings(run: Run, work: Ablation) -> dict[str, Any]:
         "model": run.model_settings,
         "options": [active_values(options.ablate), options.batch_size, asdict(options.grounding)],
         "exclude_layers": options.criteria.exclude_layers,
-        "conditions": {
-            condition.name: [list(head) for head in condition.heads] for condition in work.conditions
-        },
+        "conditions": {condition.name: [list(head) for head in condition.heads] for condition in work.conditions},
         "questions": {id: [list(question) for question in asked] for id, asked in plan.questions.items()},
         "regions": {id: [asdict(region) for region in regions] for id, regions in plan.regions.items()},
         "native": plan.native and plan.native.prompt,

@@ -39,26 +39,18 @@ def calibrate(run: Run) -> CalibrationResult:
     """
     source = run.options.calibrate_from
     known = load_calibration(source, "calibrate_from") if source else None
-    run = replace(
-        run, options=_options_for_fit(run.options, signals=known is not None and known.needs_model_signals)
-    )
+    run = replace(run, options=_options_for_fit(run.options, signals=known is not None and known.needs_model_signals))
     recipe = run.recipe(run.named_heads)
     if known is not None:
         known.check(recipe, source)
     entries = require_truth(load_entries(run), "stage=calibrate", complete_box, or_absent=True)
     with RunLock(run.folder):
-        log = ResultLog(
-            run.folder, "calibrate", {**grounding_settings(run), "truth": truth_digest(entries.samples)}
-        )
+        log = ResultLog(run.folder, "calibrate", {**grounding_settings(run), "truth": truth_digest(entries.samples)})
         outcomes, _ = ground_all(run, entries, log, _measure)
         labelled = _label_outcomes(outcomes)
         seed = run.options.random_seed
         fitted = recalibrate(labelled, known, seed=seed) if known else fit(labelled, recipe, seed=seed)
-        if (
-            fitted.present is None
-            and not labelled.present.all()
-            and not has_enough(labelled.present, MIN_LABELS)
-        ):
+        if fitted.present is None and not labelled.present.all() and not has_enough(labelled.present, MIN_LABELS):
             run.lvlm.note(
                 f"the probability of presence needs at least {MIN_LABELS} absent entries and {MIN_LABELS} others; "
                 f"there are {int((~labelled.present).sum())} and {int(labelled.present.sum())}: it is left out"

@@ -138,9 +138,7 @@ def split_into_chunks(
         yield chunk
 
 
-def _group_by_image(
-    samples: Sequence[Sample], size: int, images: DecodedImageCache
-) -> Iterator[list[Sample]]:
+def _group_by_image(samples: Sequence[Sample], size: int, images: DecodedImageCache) -> Iterator[list[Sample]]:
     """The samples of each image, in groups of at most `size`, sorted by length within each window."""
 
     def length(group: list[Sample]) -> tuple[int, int]:
@@ -268,9 +266,7 @@ def attend_samples(
             one.named(id=sample.id, image_file=sample.at(one.image_index).image_file)
             for one, sample in zip(maps, samples, strict=True)
         ]
-        return _drop_not_finite(
-            entries, [AttendedSample(*one) for one in zip(samples, images, named, strict=True)]
-        )
+        return _drop_not_finite(entries, [AttendedSample(*one) for one in zip(samples, images, named, strict=True)])
     except OutOfMemoryError:
         if run.options.batch_size != "auto" or len(loaded) == 1:
             raise  # every chunk would fail
@@ -280,9 +276,7 @@ def attend_samples(
         if len(loaded) > 1:
             return attend_in_parts(1)
         is_known = isinstance(error, UsageError)
-        entries.fail(
-            samples[0], error if is_known else f"the model cannot take it: {type(error).__name__}: {error}"
-        )
+        entries.fail(samples[0], error if is_known else f"the model cannot take it: {type(error).__name__}: {error}")
         return []
     # Handled out here because inside the handler the traceback keeps the failed batch in memory.
     from localization_heads.lvlm.forward.failures import free_memory
@@ -293,16 +287,12 @@ def attend_samples(
     return attend_in_parts(entries.max_batch_size)
 
 
-def _attend_clip(
-    run: Run, entries: Entries, loaded: LoadedSamples, last_layer: int | None
-) -> list[AttendedSample]:
+def _attend_clip(run: Run, entries: Entries, loaded: LoadedSamples, last_layer: int | None) -> list[AttendedSample]:
     """Run the model on frames that share one prompt; if it rejects them, all of them fail."""
     samples, images = zip(*loaded, strict=True)
     times = [float(sample.facts.get("time", i / DEFAULT_FRAME_RATE)) for i, sample in enumerate(samples)]
     try:
-        maps = run.lvlm.attend_clip(
-            images, run.query_for(samples[0].expression), times, last_layer=last_layer
-        )
+        maps = run.lvlm.attend_clip(images, run.query_for(samples[0].expression), times, last_layer=last_layer)
     except OutOfMemoryError as error:
         raise WorkError(
             f"out of memory: lower frames_per_prompt={run.frames_per_clip}, or load the model in fewer bits"
@@ -314,9 +304,7 @@ def _attend_clip(
         for sample in samples:
             entries.fail(sample, f"the model cannot take its clip: {reason}")
         return []
-    return _drop_not_finite(
-        entries, [AttendedSample(*one) for one in zip(samples, images, maps, strict=True)]
-    )
+    return _drop_not_finite(entries, [AttendedSample(*one) for one in zip(samples, images, maps, strict=True)])
 
 
 def _drop_not_finite(entries: Entries, attended: Sequence[AttendedSample]) -> list[AttendedSample]:

@@ -87,11 +87,7 @@ def _sensitivity_facts(run: Run, image: Image.Image, expression: str) -> list[tu
     ranking = add_sensitivity(ranking, mean_sensitivity([measure_sensitivity(maps, mirrored)], [1], shape))
     warn_of_disagreement(ranking, run.options.k)
     first = ranking.kept[: run.options.k]
-    scores = [
-        f"{head.address} ({head.sensitivity_score:.2f})"
-        for head in first
-        if head.sensitivity_score is not None
-    ]
+    scores = [f"{head.address} ({head.sensitivity_score:.2f})" for head in first if head.sensitivity_score is not None]
     resting = [str(head.address) for head in resting_heads(ranking)[:10]]
     following = f"{' '.join(scores) or 'none'}: heads by sensitivity score, on this image alone"
     return [("they follow", following), ("they rest", " ".join(resting) or "none")]

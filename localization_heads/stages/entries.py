@@ -126,9 +126,7 @@ class Entries:
     max_batch_size: int | None = None
     images_reused: bool = False
     with_sensitivity: bool = False
-    images: DecodedImageCache = field(
-        default_factory=lambda: DecodedImageCache(MAX_CACHED_PIXELS), repr=False
-    )
+    images: DecodedImageCache = field(default_factory=lambda: DecodedImageCache(MAX_CACHED_PIXELS), repr=False)
     _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
     _by_image: dict[str | int, list[str]] = field(default_factory=dict, repr=False)
 

@@ -68,11 +68,7 @@ def evaluate(run: Run) -> Result:
             seed=options.random_seed,
         )
         # Not for clips: a clip of only the frames that the ranking draws would have other maps.
-        store = (
-            open_statistics(run)
-            if report.needs_ranking and judge.controls and not run.frames_per_clip
-            else None
-        )
+        store = open_statistics(run) if report.needs_ranking and judge.controls and not run.frames_per_clip else None
         native = native_box_format(run.lvlm, options.native, by_default=judge.controls)
         scorer = EntryScorer(judge, native, report.single_head_iou(entries))
         log_settings = {
@@ -133,9 +129,7 @@ def complete_box(sample: Sample) -> Sample:
 def _instance_metrics(run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """F1 and Pr@(F1=1) over all entries; empty if each has one true box and one answer, which Acc@0.5 covers."""
     all_instances = run.options.instances == "all"
-    if not all_instances and all(
-        len(outcome.sample.boxes) <= 1 and not outcome.sample.absent for outcome in outcomes
-    ):
+    if not all_instances and all(len(outcome.sample.boxes) <= 1 and not outcome.sample.absent for outcome in outcomes):
         return {}
     answers = {"boxes": [outcome.boxes for outcome in outcomes]}
     if all_instances:

@@ -76,9 +76,7 @@ def experiment(run: Run) -> Result:
             given_heads=given_heads,
             segmenter=run.options.segmenter.kind,
             options=_study_options(run),
-            sensitivity=average_sensitivity(
-                rows, [1] * len(entries.usable), (store.num_layers, store.num_heads)
-            ),
+            sensitivity=average_sensitivity(rows, [1] * len(entries.usable), (store.num_layers, store.num_heads)),
             **ground_truth_scores,
         )
         if "causal" in chosen:
@@ -146,37 +144,27 @@ def _score_single_heads(run: Run, entries: Entries) -> dict[str, Any]:
     return {**stacked, "num_masks": num_masks}
 
 
-def _answers_without_heads(
-    run: Run, entries: Entries, study: Study
-) -> dict[tuple[str, int], NDArray[np.float64]]:
+def _answers_without_heads(run: Run, entries: Entries, study: Study) -> dict[tuple[str, int], NDArray[np.float64]]:
     """`[ranking, draw]`: the share of right answers to each entry of the second half without those heads."""
     conditions = ablation_conditions(study)
     held_out = Entries(entries.usable[selection_size(study) :])
     measurements = answers_without(run, held_out, conditions)
     return {
-        (condition.kind, condition.draw): np.array(
-            [values[condition.name]["answers"] for values in measurements]
-        )
+        (condition.kind, condition.draw): np.array([values[condition.name]["answers"] for values in measurements])
         for condition in conditions
     }
 
 
 def _summarize(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) -> list[Finding]:
     """The findings of the experiments; their recipes are scored in one pass over the maps."""
-    recipes = {
-        (name, key): recipe for name in chosen for key, recipe in EXPERIMENTS[name].recipes(study).items()
-    }
+    recipes = {(name, key): recipe for name in chosen for key, recipe in EXPERIMENTS[name].recipes(study).items()}
     scores: Mapping[Any, RecipeScores] = {}
     if recipes:
         samples = entries.usable
         bar = tqdm(samples, desc="score", unit="expression", disable=None)
-        scores = score_recipes(
-            recipes, (_maps_and_truth(run, sample) for sample in bar), _refiner(run, samples)
-        )
+        scores = score_recipes(recipes, (_maps_and_truth(run, sample) for sample in bar), _refiner(run, samples))
     return [
-        EXPERIMENTS[name].find(
-            study, {key: scored for (owner, key), scored in scores.items() if owner == name}
-        )
+        EXPERIMENTS[name].find(study, {key: scored for (owner, key), scored in scores.items() if owner == name})
         for name in chosen
     ]
 

@@ -160,9 +160,7 @@ def collect_statistics(
             append_statistics(entries, statistics, store)
             return
         keys = [entries.statistics_key(one.sample, mirrored=one.sample.id in mirrored) for one in saved]
-        append_statistics(
-            entries, statistics, store, keys, [one.sensitivity for one in saved if one.sensitivity]
-        )
+        append_statistics(entries, statistics, store, keys, [one.sensitivity for one in saved if one.sensitivity])
 
     run_over_samples(
         run,

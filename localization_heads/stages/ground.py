@@ -120,9 +120,7 @@ def split_entries(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[S
             split.samples.append(replace(sample, expression=phrases[0]))
             continue
         with split.skip_on_error(sample, ValueError):
-            groups[sample.id] = [
-                _phrase_sample(sample, n, phrase, ids) for n, phrase in enumerate(phrases, start=1)
-            ]
+            groups[sample.id] = [_phrase_sample(sample, n, phrase, ids) for n, phrase in enumerate(phrases, start=1)]
             split.samples += groups[sample.id]
     return split, groups
 
@@ -130,9 +128,7 @@ def split_entries(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[S
 def _phrase_sample(sample: Sample, number: int, phrase: str, ids: set[str]) -> Sample:
     id = check_id(f"{sample.id}_{number}")
     if id in ids:
-        raise UsageError(
-            f"its phrase {number} would get the id {id} of another entry; phrases.by=whole does not split"
-        )
+        raise UsageError(f"its phrase {number} would get the id {id} of another entry; phrases.by=whole does not split")
     return replace(sample, id=id, expression=phrase, bbox=None, mask=None, boxes=(), absent=False)
 
 
@@ -178,16 +174,11 @@ def ground_all(
                 if result.drawing is not None:
                     figure_paths[sample.id] = _draw(run, result.outcome, *result.drawing)
                 drawn.append(result)
-        statistics = [
-            (result.outcome.sample, result.statistics) for result in drawn if result.statistics is not None
-        ]
+        statistics = [(result.outcome.sample, result.statistics) for result in drawn if result.statistics is not None]
         if store is not None and statistics:
             append_statistics(entries, statistics, store)
         log.append(
-            [
-                (entries.result_key(result.outcome.sample, contrast), result.outcome.to_json())
-                for result in drawn
-            ]
+            [(entries.result_key(result.outcome.sample, contrast), result.outcome.to_json()) for result in drawn]
         )
         outcomes.update({result.outcome.sample.id: result.outcome for result in drawn})
 
@@ -213,9 +204,7 @@ def ground_all(
         last_layer=last_layer,
         process_runs_model=measure_runs_model,
         second_pass=zoom_pass(run, run.named_heads),
-        extra_prompts=run.extra_prompts(
-            run.named_heads, calibration, every_head=every_layer or measure is not None
-        ),
+        extra_prompts=run.extra_prompts(run.named_heads, calibration, every_head=every_layer or measure is not None),
     )
     if not outcomes:
         raise NothingDoneError("no entry could be grounded", entries.sorted_failures())
@@ -262,9 +251,7 @@ def _ground_each(
         outcome = Outcome.of(entry.sample, grounding, groundings if all_instances else None)
         measured = measure(run, entry, groundings) if measure else {}
         index = grounding.image_index
-        card = offer_card(
-            gallery, outcome, entry.maps.at(index), grounding, lambda: image_at(entry.image, index)
-        )
+        card = offer_card(gallery, outcome, entry.maps.at(index), grounding, lambda: image_at(entry.image, index))
         # Without the mask, which takes a byte per pixel and is in the outcome as run lengths.
         drawing = (entry.image, _without_masks(grounding)) if entry.sample.id in draw_ids else None
         return _Grounded(replace(outcome, measured=measured, card=card), drawing, statistics)
@@ -315,9 +302,7 @@ def _ground_crops(
     Every sample of the chunk is asked, even those with stored results: a smaller batch would round differently.
     A sample whose crop cannot be used is left out.
     """
-    first = {
-        entry.sample.id: grounding for entry in attended if (grounding := _ground_whole(run, entry, heads))
-    }
+    first = {entry.sample.id: grounding for entry in attended if (grounding := _ground_whole(run, entry, heads))}
     crops = {id: crop for id, grounding in first.items() if (crop := crop_around(grounding))}
     opened = [
         (entry.sample, entry.single_image.crop(crops[entry.sample.id]))
@@ -356,9 +341,7 @@ def _draw(run: Run, outcome: Outcome, images: PromptImages, grounding: Grounding
         predictions = [share.found for share in outcome.prediction.images]
         masks = [None if prediction is None else prediction.mask for prediction in predictions]
         each = [_with_mask(part, mask) for part, mask in zip(grounding.each, masks, strict=True)]
-        return run.draw(
-            figures.plot_together, images_of(images), each, path=path, expression=sample.expression
-        )
+        return run.draw(figures.plot_together, images_of(images), each, path=path, expression=sample.expression)
     image, expression = image_at(images, None), sample.expression
     if instances := outcome.prediction.boxes:
         objects = [_drawn_object(expression, instance, image.size) for instance in instances]
@@ -371,9 +354,7 @@ def _draw(run: Run, outcome: Outcome, images: PromptImages, grounding: Grounding
             truths=sample.true_boxes,
             expression=expression,
         )
-    return run.draw(
-        figures.plot_grounding, image, grounding, path=path, truth=sample.bbox, expression=expression
-    )
+    return run.draw(figures.plot_grounding, image, grounding, path=path, truth=sample.bbox, expression=expression)
 
 
 def _with_mask(grounding: Grounding, mask: Mapping[str, Any] | None) -> Grounding:
@@ -409,9 +390,7 @@ def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[O
     return paths
 
 
-def _drawn_object(
-    phrase: str, prediction: Prediction | Instance, image_size: tuple[int, int]
-) -> DetectedObject:
+def _drawn_object(phrase: str, prediction: Prediction | Instance, image_size: tuple[int, int]) -> DetectedObject:
     from localization_heads.figures import DetectedObject
 
     assert prediction.bbox is not None

@@ -97,17 +97,11 @@ def find_by_labels(run: Run) -> LabelRanking:
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         box_format = with_box_span(run.lvlm).box_format if run.options.heads_by == "vrh" else None
         store = open_ranking_statistics(run, entries)
-        scores = _scores_header(
-            run, store.settings, box_format, run.lvlm.num_layers, run.lvlm.num_heads
-        ).open()
+        scores = _scores_header(run, store.settings, box_format, run.lvlm.num_layers, run.lvlm.num_heads).open()
         _collect_scores(run, entries, store, scores, box_format)
         failed = {failure.line: failure.reason for failure in entries.failures}
         scores.record_failures(
-            {
-                _score_key(entries, sample): failed[sample.line]
-                for sample in entries.samples
-                if sample.line in failed
-            }
+            {_score_key(entries, sample): failed[sample.line] for sample in entries.samples if sample.line in failed}
         )
         ranked = _rank(run, entries, store, scores)
         report_paths = Reporter(run, ranked.result.ranking).write(entries, store=store)
@@ -123,8 +117,7 @@ def rank_by_stored_labels(run: Run) -> LabelRanking:
     box_format = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
     header = _scores_header(run, record.settings, box_format, record.num_layers, record.num_heads)
     exists = any(
-        stored.settings == header.settings and stored.columns == header.columns
-        for stored in find_stores(header.folder)
+        stored.settings == header.settings and stored.columns == header.columns for stored in find_stores(header.folder)
     )
     if (by == "vrh" and box_format is None) or not exists:
         raise UsageError(
@@ -136,8 +129,7 @@ def rank_by_stored_labels(run: Run) -> LabelRanking:
         missing = [
             sample
             for sample in entries.samples
-            if entries.stored_statistics_key(sample, store) not in store
-            or _score_key(entries, sample) not in scores
+            if entries.stored_statistics_key(sample, store) not in store or _score_key(entries, sample) not in scores
         ]
         stored_failures = scores.failures()
         for sample in missing:
@@ -183,9 +175,7 @@ def _scores_header(
     Args:
         settings: those of the statistics of the same maps.
     """
-    native_box = (
-        None if box_format is None else [box_format.prompt, box_format.pattern, box_format.max_new_tokens]
-    )
+    native_box = None if box_format is None else [box_format.prompt, box_format.pattern, box_format.max_new_tokens]
     of_model = {name: value for name, value in settings.items() if name != "asked"}
     columns = MAP_SCORES if box_format is None else BOX_SCORES
     return StoreHeader(
@@ -279,9 +269,7 @@ def _rank(run: Run, entries: Entries, store: StatisticsStore, scores: Statistics
     draw = recipe.draw(len(samples))[0]
     # The images that the heads have seen: the drawn ones or, as shrinkage mixes in the label-free ranking, all.
     images = image_keys(samples)
-    seen = {
-        key for key, drawn in zip(images, draw, strict=True) if key and (drawn or recipe.shrink != "none")
-    }
+    seen = {key for key, drawn in zip(images, draw, strict=True) if key and (drawn or recipe.shrink != "none")}
     ranking = replace(
         rank_by_labels(by, label_free, recipe),
         pictures=tuple(sorted(seen)),
@@ -358,9 +346,7 @@ def _save(run: Run, ranked: LabelRanking) -> list[Path]:
     grid_path, curve_path = run.folder / "head_grid.png", run.folder / "labels.png"
     marks: dict[str, Any] = {"top": ranking.top(k), "exclude_layers": ranking.exclude_layers}
     paths.append(
-        run.draw(
-            figures.plot_head_grid, scores, path=grid_path, label=f"Score by labels ({recipe.by})", **marks
-        )
+        run.draw(figures.plot_head_grid, scores, path=grid_path, label=f"Score by labels ({recipe.by})", **marks)
     )
     paths.append(run.draw(figures.plot_label_curve, labels, path=curve_path))
     return paths

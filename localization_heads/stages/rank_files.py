@@ -60,9 +60,7 @@ def rank_files(run: Run) -> Result:
         NothingDoneError: none of the files can be read.
     """
     if run.options.heads_by != "criteria":
-        raise UsageError(
-            f"heads_by={run.options.heads_by}: attention files hold no truth; leave out one of the two"
-        )
+        raise UsageError(f"heads_by={run.options.heads_by}: attention files hold no truth; leave out one of the two")
     files = list_attention_files(str(run.options.attention_files))
     writable_folder(run.options.output_dir)
     source = str(local_path(str(run.options.attention_files)).absolute())
@@ -207,9 +205,7 @@ class _FileFacts(NamedTuple):
     @classmethod
     def from_maps(cls, maps: AttentionMaps) -> _FileFacts:
         shape = maps.num_layers, maps.num_heads
-        return cls(
-            shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model, maps.asked or {}
-        )
+        return cls(shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model, maps.asked or {})
 
     @classmethod
     def from_log(cls, entry: Mapping[str, Any] | None) -> _FileFacts | None:
@@ -272,9 +268,7 @@ def _with_model_of(run: Run, collection: _Collection) -> Run:
             f"attention_files: these files are of {printable(collection.model, 80)} ({collection.model_from}), "
             f"and not of {run.spec.name}: leave out model="
         )
-    return Run(
-        replace(run.options, model=find_spec(collection.model)), run.model_choice, None, run.before_model
-    )
+    return Run(replace(run.options, model=find_spec(collection.model)), run.model_choice, None, run.before_model)
 
 
 def _mean_sensitivity(

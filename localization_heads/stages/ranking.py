@@ -29,9 +29,7 @@ def save_ranking_files(run: Run, ranking: HeadRanking) -> list[Path]:
     from localization_heads import figures
 
     if ranking.num_samples < STABLE_SAMPLES:
-        log.warning(
-            "%d samples: the order of the heads is not stable below %d", ranking.num_samples, STABLE_SAMPLES
-        )
+        log.warning("%d samples: the order of the heads is not stable below %d", ranking.num_samples, STABLE_SAMPLES)
     back_up_heads_file(run, ranking)
     paths = [*save_ranking(ranking, run.folder)]
     shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
@@ -46,12 +44,8 @@ def save_ranking_files(run: Run, ranking: HeadRanking) -> list[Path]:
     frequencies, grid = run.folder / "selection_frequency.png", run.folder / "head_grid.png"
     if ranking.tau is not None:
         elbow = run.folder / "attention_sums.png"
-        paths.append(
-            run.draw(figures.plot_attention_sums, sums, ranking.tau, path=elbow, kept=kept, **marked)
-        )
-    paths.append(
-        run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k)
-    )
+        paths.append(run.draw(figures.plot_attention_sums, sums, ranking.tau, path=elbow, kept=kept, **marked))
+    paths.append(run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k))
     paths.append(run.draw(figures.plot_head_grid, 100 * frequency, path=grid, **marked))
     if ranking.has_sensitivity:
         sensitivity = run.folder / "sensitivity.png"
@@ -70,9 +64,7 @@ def back_up_heads_file(run: Run, ranking: HeadRanking) -> None:
         return
     if reason := _what_is_lost(previous, ranking):
         shutil.copyfile(path, run.folder / BACKUP)
-        log.warning(
-            "heads.json is replaced; the previous one, %s, is kept as %s", reason, run.folder / BACKUP
-        )
+        log.warning("heads.json is replaced; the previous one, %s, is kept as %s", reason, run.folder / BACKUP)
 
 
 def _what_is_lost(previous: HeadRanking, new: HeadRanking) -> str | None:

@@ -60,9 +60,7 @@ IOU_SAMPLES_ALL_HEADS = 50
 ROW_BLOCK = 256
 """Samples whose statistics are read at a time."""
 
-FROM_FILE = (
-    "The ranking of heads.json, which lists the kept heads only: it was not computed on these samples."
-)
+FROM_FILE = "The ranking of heads.json, which lists the kept heads only: it was not computed on these samples."
 
 
 class SingleHeadIoU(NamedTuple):
@@ -321,9 +319,7 @@ def _common_heads(outcomes: Sequence[Outcome]) -> list[Head]:
 
 def _bottom_row(entries: Entries, store: StatisticsStore) -> NDArray[np.float64] | None:
     """The share of samples in which a head's whole bottom row is positive, `[layer, head]`."""
-    keys = [
-        key for sample in entries.usable if (key := entries.stored_statistics_key(sample, store)) in store
-    ]
+    keys = [key for sample in entries.usable if (key := entries.stored_statistics_key(sample, store)) in store]
     if not keys:
         return None
     flags = store.rows(keys).bottom_row_focus

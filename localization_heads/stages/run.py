@@ -270,9 +270,7 @@ class ModelRun(Generic[Chosen]):
 
     def note_head_conditions(self) -> None:
         """Log a note if the heads were found with other weights, another prompt or another query token."""
-        self.lvlm.warn_of_other_conditions(
-            f"heads={self.heads_source or self.options.heads}", self.heads_found_with
-        )
+        self.lvlm.warn_of_other_conditions(f"heads={self.heads_source or self.options.heads}", self.heads_found_with)
 
     def check_named_heads(self) -> None:
         """UsageError if the model lacks one of the heads; a log note if they were found under other conditions."""
@@ -346,9 +344,7 @@ class Run(ModelRun[FinderOptions]):
     def uses_workers(self) -> bool:
         return self.options.engine.kind == "ray"
 
-    def rank_heads(
-        self, rows: StatisticsRows, model: str, draws: NDArray[np.int64] | None = None
-    ) -> HeadRanking:
+    def rank_heads(self, rows: StatisticsRows, model: str, draws: NDArray[np.int64] | None = None) -> HeadRanking:
         """Rank the heads over the samples of `rows`, as the options ask (`heads.ranking.rank_heads`)."""
         return rank_heads(
             rows.attention_sum,

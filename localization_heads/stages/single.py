@@ -125,9 +125,7 @@ def visualize(run: Run) -> VisualizeResult:
     if run.options.grounding.contrast != "none":
         log.warning("grounding.contrast: the file has no maps of other expressions, and is read without")
     if run.options.heads == "greedy" and measures_sensitivity(run.options.criteria):
-        log.warning(
-            "heads=greedy: the file has no maps of other expressions: picked by the paper's two criteria"
-        )
+        log.warning("heads=greedy: the file has no maps of other expressions: picked by the paper's two criteria")
     heads = heads_for_file(run.options.heads, run.options.k, analysed.maps, path)
     image = image_of(analysed.maps, run.options.allow_private_addresses)
     return draw_sample(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
@@ -142,9 +140,7 @@ def heads_for_file(heads_option: Any, k: int, maps: AttentionMaps, path: Path) -
     ready, conditions, folder = NONE_READY, maps.asked or {}, path.parent.parent
     if maps.model:
         spec = find_spec(maps.model)
-        ready = choose_ready(
-            spec.heads, spec.lists, conditions.get("conv_mode"), conditions.get("query_token")
-        )
+        ready = choose_ready(spec.heads, spec.lists, conditions.get("conv_mode"), conditions.get("query_token"))
     heads = choose_heads(heads_option, k, maps.model, folder, ready)
     found_with = heads_found_with(heads_option, maps.model, folder, ready)
     if note := mismatch_warning(f"heads={heads_option}", found_with, maps.asked):
@@ -165,9 +161,7 @@ def pipeline(run: Run) -> tuple[CollectResult, AnalyzeResult, VisualizeResult]:
     return collected, analysed, drawn
 
 
-def attend_again(
-    run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
-) -> AttentionMaps:
+def attend_again(run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps) -> AttentionMaps:
     """Run the model again for what an attention file lacks, such as extra prompts, now that the heads are known.
 
     The maps of the file are kept, unless the prompt shows several images: a file holds the maps of only one.
@@ -218,9 +212,7 @@ def draw_sample(
     return VisualizeResult(grounding, drawn)
 
 
-def top_heads(
-    chosen: Sequence[Head], statistics: HeadStatistics, criteria: CriteriaOptions, top_k: int
-) -> list[Head]:
+def top_heads(chosen: Sequence[Head], statistics: HeadStatistics, criteria: CriteriaOptions, top_k: int) -> list[Head]:
     """The heads that make the box, filled up to `top_k` with the best other heads of the sample."""
     spare = greedy_heads(statistics, criteria, top_k + len(chosen))
     return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
@@ -264,17 +256,13 @@ def find_attention_file(name: str) -> Path:
             return candidates[0]
         if candidates:
             raise UsageError(f"attention_file={name}: there is no such file; {_name_one_of(candidates)}")
-    raise UsageError(
-        f"attention_file={name}: there is no such file; stage=collect or stage=batch writes them"
-    )
+    raise UsageError(f"attention_file={name}: there is no such file; stage=collect or stage=batch writes them")
 
 
 def attention_file_of(id: str) -> Path:
     """The attention file with that id, of any model. UsageError if there is none, or there are several."""
     suffixes = set(ATTENTION_FORMATS.values())  # some formats share one
-    paths = [
-        path for suffix in suffixes for path in DEFAULT_OUTPUT_DIR.glob(f"*/attention/{escape(id)}{suffix}")
-    ]
+    paths = [path for suffix in suffixes for path in DEFAULT_OUTPUT_DIR.glob(f"*/attention/{escape(id)}{suffix}")]
     if len(paths) == 1:
         return paths[0]
     if paths:

@@ -93,9 +93,7 @@ def find_stored_statistics(run: Run) -> StoreHeader:
     stores = find_stores(run.folder / "statistics")
     matching = [store for store in stores if store.settings.get("asked") == options]
     if not matching and not with_sensitivity:  # a store with sensitivity also holds the paper's two criteria
-        matching = [
-            store for store in stores if store.has_sensitivity and _without_sensitivity(store) == options
-        ]
+        matching = [store for store in stores if store.has_sensitivity and _without_sensitivity(store) == options]
     if len(matching) > 1:
         log.warning("%d stores fit these options, of other weights: taking the one used last", len(matching))
     if matching:

@@ -96,9 +96,7 @@ def ground_video(run: Run) -> VideoResult:
         predictions = _smooth(predictions, options.smoothing)
         write_predictions(predictions_path, [replace(one, heads_from=run.heads_from) for one in predictions])
         thumbnails = _draw(video, options.fps, predictions, video_path)
-        timeline_path = run.draw(
-            figures.plot_timeline, query, predictions, thumbnails, video.size, path=timeline_path
-        )
+        timeline_path = run.draw(figures.plot_timeline, query, predictions, thumbnails, video.size, path=timeline_path)
         log_file.finish()
     return VideoResult(video, query, predictions, [video_path, timeline_path, predictions_path])
 

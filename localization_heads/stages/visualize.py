@@ -99,9 +99,7 @@ class _ClaimedFigures:
             raise UsageError(f"its figure is that of line {line} already")
 
 
-def _draw_file(
-    options: VisualizeOptions, path: Path, stem: Path, layer: int | None, head: int | None
-) -> list[Path]:
+def _draw_file(options: VisualizeOptions, path: Path, stem: Path, layer: int | None, head: int | None) -> list[Path]:
     """Draw one attention file -> the figures written. A named head is drawn without a box."""
     from localization_heads import figures
 

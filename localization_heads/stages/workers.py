@@ -82,9 +82,7 @@ class Worker:
         try:
             os.chdir(self._setup.folder)
         except OSError as error:
-            raise WorkError(
-                f"engine=ray: every machine needs the folder {self._setup.folder} ({error})"
-            ) from None
+            raise WorkError(f"engine=ray: every machine needs the folder {self._setup.folder} ({error})") from None
         process, last_layer, second_pass = self._setup.task
         entries = Entries(list(chunk.samples), max_batch_size=self._max_batch_size)
         prepared = prepare_chunk(self._run, entries, chunk)

@@ -70,9 +70,7 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
     elif path.suffix == ".safetensors":
         from safetensors.numpy import save
 
-        metadata = {
-            name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()
-        }
+        metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
         write_bytes(path, save({"attention": attention}, {"version": str(VERSION), **metadata}))
     else:
         raise UsageError(f"{path}: an attention file ends in .pkl or .safetensors")
@@ -164,17 +162,13 @@ def _check_maps(attention: np.ndarray) -> None:
 def _parse_content(content: dict[Any, Any]) -> AttentionMaps:
     version = content.get("version")
     if version != VERSION or isinstance(version, bool):
-        raise _MalformedError(
-            f"version {shown(version)} of the attention file is unknown: this tool reads {VERSION}"
-        )
+        raise _MalformedError(f"version {shown(version)} of the attention file is unknown: this tool reads {VERSION}")
     attention = content["attention"]
     if not isinstance(attention, np.ndarray):
         raise _MalformedError("'attention' is not an array")
     _check_maps(attention)
     if _parse_numbers(content, "grid", 2) != list(attention.shape[2:]):
-        raise _MalformedError(
-            f"'grid' does not fit the maps, which are {attention.shape[2]} x {attention.shape[3]}"
-        )
+        raise _MalformedError(f"'grid' does not fit the maps, which are {attention.shape[2]} x {attention.shape[3]}")
     texts: dict[str, Any] = {name: _parse_text(content, name) for name in _TEXTS}
     return AttentionMaps(
         attention=np.array(attention, dtype=np.float32, order="C"),
@@ -280,9 +274,7 @@ def _stack_layers(content: Any) -> np.ndarray:
         raise _MalformedError("attention must be floating point")
     has_batch_axis = all(layer.ndim == 4 and layer.shape[0] == 1 for layer in layers)  # [1, H, 1, P*P]
     join = np.concatenate if has_batch_axis else np.stack
-    return join(
-        layers, dtype=np.float32, casting="same_kind"
-    )  # without an intermediate copy in another dtype
+    return join(layers, dtype=np.float32, casting="same_kind")  # without an intermediate copy in another dtype
 
 
 def _square_maps(attention: np.ndarray, patch_size: Any = None) -> np.ndarray:
@@ -389,8 +381,7 @@ def load_analysis(path: str | Path) -> list[dict[str, Any]]:
     """Read an analysis, ours or the published code's. UsageError if it is not a list of dicts with layer and head."""
     heads: list[dict[str, Any]] = load_pickle(path)
     named = isinstance(heads, list) and all(
-        isinstance(head, dict) and type(head.get("layer")) is int and type(head.get("head")) is int
-        for head in heads
+        isinstance(head, dict) and type(head.get("layer")) is int and type(head.get("head")) is int for head in heads
     )
     if not named:
         raise UsageError(f"{path}: not an analysis: a list of dicts with 'layer' and 'head'")

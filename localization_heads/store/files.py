@@ -62,9 +62,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             temporary.unlink()  # left by a killed process with our PID
-        descriptor = os.open(
-            temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
-        )
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise _write_error(path, error) from error
     try:
@@ -249,9 +247,9 @@ def parse_json(content: bytes, encodings: Sequence[str] = ("utf-8",), **options:
         ValueError: with a one-line message, for invalid JSON, NaN, numbers beyond the range of a float, nesting that is
             too deep, and values that need far more memory than their text.
     """
-    if sum(num_bytes * content.count(char) for char, num_bytes in _MIN_PARSED_BYTES.items()) > 8 * len(
-        content
-    ) + (64 << 20):
+    if sum(num_bytes * content.count(char) for char, num_bytes in _MIN_PARSED_BYTES.items()) > 8 * len(content) + (
+        64 << 20
+    ):
         raise ValueError("not usable JSON: far more lists and objects than text")
     try:
         text = _decode_text(content, encodings)

@@ -69,9 +69,7 @@ def entry_path(folder: str | Path, id: str, suffix: str) -> Path:
 def attention_path(folder: str | Path, id: str, format: str = "pkl") -> Path:
     """The path of an entry's attention file; `format` is one of `ATTENTION_FORMATS`."""
     if format not in ATTENTION_FORMATS:
-        raise UsageError(
-            f"attention_format={format} is unknown: choose one of {', '.join(ATTENTION_FORMATS)}"
-        )
+        raise UsageError(f"attention_format={format} is unknown: choose one of {', '.join(ATTENTION_FORMATS)}")
     return entry_path(folder, id, ATTENTION_FORMATS[format])
 
 

@@ -130,9 +130,7 @@ class ImageShare:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ImageShare:
         """The inverse of `to_json`; raises as `Prediction.from_json` does."""
-        return cls(
-            _parse_number(data["attention"]), None if data["bbox"] is None else Instance.from_json(data)
-        )
+        return cls(_parse_number(data["attention"]), None if data["bbox"] is None else Instance.from_json(data))
 
 
 @dataclass(frozen=True)
@@ -216,9 +214,7 @@ class Prediction:
         calibrated, absent = line.get("calibrated", False), line.get("absent", False)
         if not isinstance(calibrated, bool) or not isinstance(absent, bool):
             raise ValueError("'calibrated' and 'absent' must be true or false")
-        if not isinstance(line["id"], str) or not all(
-            isinstance(text, str | None) for text in (error, origin)
-        ):
+        if not isinstance(line["id"], str) or not all(isinstance(text, str | None) for text in (error, origin)):
             raise ValueError("'id', 'error' and 'heads_from' must be text")
         return cls(
             id=line["id"],

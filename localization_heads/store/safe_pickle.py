@@ -93,9 +93,7 @@ def load_pickle(path: str | Path, limits: Limits = ATTENTION_LIMITS) -> Any:
 def loads_pickle(content: bytes, limits: Limits = ATTENTION_LIMITS) -> Any:
     """`load_pickle` for bytes; raises PickleRefusedError."""
     if content[:4] == b"PK\x03\x04":
-        raise PickleRefusedError(
-            "a zip archive (of torch.save?), not a pickle: save the maps as .pkl or .safetensors"
-        )
+        raise PickleRefusedError("a zip archive (of torch.save?), not a pickle: save the maps as .pkl or .safetensors")
     machine = _Machine(BytesIO(content), Budget(len(content), limits))
     value = machine.run()
     return PlainCopier(Budget(len(content), limits), machine.shared).of(value, limits.depth)
@@ -126,9 +124,7 @@ class _Machine:
         except PickleRefusedError:
             raise
         except Exception as error:  # garbage may raise anything in a stack machine
-            raise PickleRefusedError(
-                f"not a readable pickle, or cut short ({type(error).__name__})"
-            ) from error
+            raise PickleRefusedError(f"not a readable pickle, or cut short ({type(error).__name__})") from error
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
@@ -208,18 +204,14 @@ class _Machine:
             raise PickleRefusedError("refused: the pickle asks for something whose name is not text")
         if (module, name) not in _ALLOWED and not (self.storages and storage_dtype(module, name)):
             asked = shown(f"{module[:80]}.{name[:80]}", 80)[1:-1]
-            raise PickleRefusedError(
-                f"refused: the pickle asks for {asked}, which {self.budget.kind} never needs"
-            )
+            raise PickleRefusedError(f"refused: the pickle asks for {asked}, which {self.budget.kind} never needs")
         self.push(_Global(module, name))
 
     def reduce(self) -> None:
         arguments = self.stack.pop()
         target = self.stack.pop()
         if type(target) is not _Global or type(arguments) is not tuple or _ALLOWED.get(target) is None:
-            raise PickleRefusedError(
-                "refused: the pickle calls something that is not a constructor of arrays"
-            )
+            raise PickleRefusedError("refused: the pickle calls something that is not a constructor of arrays")
         self.push(_ALLOWED[target](self, *arguments))  # type: ignore[misc]
 
     def build(self) -> None:
@@ -354,9 +346,7 @@ def _load_storage(machine: _Machine, content: Any) -> _Storage:
     return _Storage(parts.array())
 
 
-def _rebuild_tensor(
-    _: _Machine, storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any
-) -> ArrayBuilder:
+def _rebuild_tensor(_: _Machine, storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> ArrayBuilder:
     """`torch._utils._rebuild_tensor_v2`: a strided view of a storage."""
     if type(storage) is not _Storage:
         raise PickleRefusedError("not a readable pickle: a tensor without storage")

@@ -92,9 +92,7 @@ def draw_map(image: Image.Image, grounding: Grounding) -> Image.Image:
     return Image.fromarray((np.asarray(canvas) * (1 - alpha) + colours * alpha).astype(np.uint8))
 
 
-def draw_grid(
-    sums: NDArray[np.floating], selected: Sequence[Head], second_set: Sequence[Head] = ()
-) -> Image.Image:
+def draw_grid(sums: NDArray[np.floating], selected: Sequence[Head], second_set: Sequence[Head] = ()) -> Image.Image:
     """Every head's attention sum, one row per layer. Selected heads have a frame, those of the second set a dot.
 
     The image is RGBA with a transparent background, so that it suits a light page and a dark one.
@@ -176,11 +174,7 @@ def _draw_label(
         *sorted(y1 + 1 for _, y1 in same_columns),
         *sorted((y0 - height - 1 for y0, _ in same_columns), reverse=True),
     ]
-    free = (
-        y
-        for y in candidates
-        if 0 <= y <= lowest and all(y > y1 or y + height < y0 for y0, y1 in same_columns)
-    )
+    free = (y for y in candidates if 0 <= y <= lowest and all(y > y1 or y + height < y0 for y0, y1 in same_columns))
     y = next(free, min(preferred, lowest))
     pen.rectangle((x, y, x + width, y + height), fill=colour, outline=WHITE)
     pen.text((x + 5 - left, y + 4 - top), text, font=font, fill="white" if colour != SKY else "black")

@@ -51,9 +51,7 @@ def warn_of_missing_certificates() -> None:
     """Warn of certificate files that do not exist: the page does not need them, but other programs may."""
     for name in CERTIFICATES:
         if (path := os.environ.get(name)) and not Path(path).exists():
-            log.warning(
-                "%s=%s: no such file or folder; the page needs no certificates and goes on", name, path
-            )
+            log.warning("%s=%s: no such file or folder; the page needs no certificates and goes on", name, path)
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -81,9 +79,7 @@ def temporary_folder() -> Iterator[Path]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         name = f"GRADIO_TEMP_DIR={parent}" if parent else "the folder for temporary files"
-        raise UsageError(
-            f"{name}: {reason}; GRADIO_TEMP_DIR has to name a folder that can be written to"
-        ) from error
+        raise UsageError(f"{name}: {reason}; GRADIO_TEMP_DIR has to name a folder that can be written to") from error
     try:
         with environment(GRADIO_TEMP_DIR=str(folder), GRADIO_RUN_HISTORY="false"):
             yield folder

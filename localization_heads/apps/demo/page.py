@@ -263,10 +263,7 @@ class Page:
             question, mask = visitor.require_question(), self._usable_segmenter(mask)
             sets = {"A": parse_heads(heads), **({"B": visitor.heads_b} if compare else {})}
             groundings = {
-                name: [
-                    self._refine(question, grounding, mask)
-                    for grounding in question.ground(selected, options)
-                ]
+                name: [self._refine(question, grounding, mask) for grounding in question.ground(selected, options)]
                 for name, selected in sets.items()
             }
             folder = visitor.new_folder()
@@ -281,10 +278,7 @@ class Page:
                 for name, of_set in groundings.items()
                 for expression, grounding in zip(question.expressions, of_set, strict=True)
             ]
-            images = {
-                name: self._images(folder, question, of_set, which, name)
-                for name, of_set in groundings.items()
-            }
+            images = {name: self._images(folder, question, of_set, which, name) for name, of_set in groundings.items()}
             grid = _save(folder / "heads.png", draw_grid(question.sums, sets["A"], sets.get("B", ())))
             return (
                 *images["A"],
@@ -353,9 +347,7 @@ class Page:
             _save(folder / f"map_{name}.png", draw_map(question.image, groundings[index])),
         )
 
-    def _downloads(
-        self, folder: Path, question: Question, groundings: Sequence[Grounding]
-    ) -> tuple[str, str]:
+    def _downloads(self, folder: Path, question: Question, groundings: Sequence[Grounding]) -> tuple[str, str]:
         """Save the files to download: the groundings as JSON, and the boxes on the stored image."""
         file = folder / "groundings.json"
         file.write_text(json.dumps(as_json(question, groundings), indent=2) + "\n")

@@ -191,9 +191,7 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Questio
         calibration = run.calibration_for(run.named_heads)
         extra_prompts = run.extra_prompts(run.named_heads, calibration, every_head=True)
         maps = tuple(
-            MODEL_QUEUE.run(
-                run.lvlm.attend, opened, expression, extra_prompts=extra_prompts, siblings=expressions
-            )
+            MODEL_QUEUE.run(run.lvlm.attend, opened, expression, extra_prompts=extra_prompts, siblings=expressions)
             for expression in expressions
         )
         opened.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)

@@ -66,9 +66,7 @@ class Tracing:
                 preprocess=False,
             )
 
-    def trace(
-        self, request: gr.Request, image: object, question: object, heads: object
-    ) -> tuple[str, str, str]:
+    def trace(self, request: gr.Request, image: object, question: object, heads: object) -> tuple[str, str, str]:
         """Run the model; returns its answer and the files of the figure and the page, for the selected heads."""
         selected = parse_heads(heads)
         text = " ".join(check_text("the question", question, MAX_EXPRESSION_LENGTH).split())

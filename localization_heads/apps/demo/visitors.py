@@ -25,9 +25,7 @@ MAX_BYTES = 512 << 20  # of the images and maps of all visitors
 MAX_VISITORS = 64
 MAX_PENDING = 4  # requests of one visitor
 IDLE_SECONDS = 3600.0
-NO_QUESTION = (
-    "no answer to redraw: press Ground (an answer is kept for an hour, or until others need its place)"
-)
+NO_QUESTION = "no answer to redraw: press Ground (an answer is kept for an hour, or until others need its place)"
 
 
 @dataclass(eq=False)

@@ -112,9 +112,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split()) if ids else ""
 
 
-def generate(
-    model: Any, inputs: Mapping[str, Any], num_tokens: int, recorder: AnswerRecorder, pad: int | None
-) -> None:
+def generate(model: Any, inputs: Mapping[str, Any], num_tokens: int, recorder: AnswerRecorder, pad: int | None) -> None:
     """Generate at most `num_tokens` tokens greedily, after left-padded prompts."""
     # Janus overrides `generate` to choose between text and images, and its version drops logits processors.
     kind = GenerationMixin if model.config.model_type == "janus" else type(model)
@@ -130,9 +128,7 @@ def generate(
     )
 
 
-def generate_from_cache(
-    model: Any, inputs: Mapping[str, Any], num_tokens: int, recorder: AnswerRecorder
-) -> None:
+def generate_from_cache(model: Any, inputs: Mapping[str, Any], num_tokens: int, recorder: AnswerRecorder) -> None:
     """`generate` for prompts of equal length whose prefix is already in the KV cache (`past_key_values`)."""
     step: dict[str, Any] = dict(inputs)
     positions = inputs.get("position_ids")

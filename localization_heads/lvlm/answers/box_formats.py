@@ -63,13 +63,9 @@ FORMATS: dict[str, BoxFormat] = {
         max_new_tokens=1024,
     ),
     # <loc_12><loc_34><loc_560><loc_780>: 1000 bins per side
-    "florence2": BoxFormat(
-        "<CAPTION_TO_PHRASE_GROUNDING>{expression}", r"<loc_(\d{1,3})>" * 4, offset=0.5, chat=False
-    ),
+    "florence2": BoxFormat("<CAPTION_TO_PHRASE_GROUNDING>{expression}", r"<loc_(\d{1,3})>" * 4, offset=0.5, chat=False),
     # <loc0012><loc0034><loc0560><loc0780>: rows first
-    "paligemma": BoxFormat(
-        "detect {expression}", r"<loc(\d{4})>" * 4, steps=1024, rows_first=True, chat=False
-    ),
+    "paligemma": BoxFormat("detect {expression}", r"<loc(\d{4})>" * 4, steps=1024, rows_first=True, chat=False),
 }
 """By the value of `model.native_box`."""
 

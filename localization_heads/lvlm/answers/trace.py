@@ -288,6 +288,4 @@ def tokens_of_span(answer: TokenizedText, span: str) -> range:
         match = re.search(pattern, answer.text, re.IGNORECASE) if words else None
         if match and (tokens := answer.tokens_of(*match.span())):
             return tokens
-    raise UsageError(
-        f"answer_span={shown(span)}: the answer is {shown(answer.text, 200)}, which does not hold it"
-    )
+    raise UsageError(f"answer_span={shown(span)}: the answer is {shown(answer.text, 200)}, which does not hold it")

@@ -75,9 +75,7 @@ def check_files(folder: Path, option: str) -> None:
                 "run 'git lfs install && git lfs pull' in the folder"
             )
         if file.suffix == ".json" and size > MAX_JSON_BYTES:
-            raise UsageError(
-                f"{option}: {file.name} has {size >> 20:,} MB: too large for a file of a checkpoint"
-            )
+            raise UsageError(f"{option}: {file.name} has {size >> 20:,} MB: too large for a file of a checkpoint")
         if file.name.endswith(".index.json"):
             _check_index(file, option)
 
@@ -126,9 +124,7 @@ def check_not_original_llava(config: Mapping[str, Any], option: str) -> None:
     """Raise UsageError for a checkpoint in the format of the LLaVA repository; name the converted checkpoint."""
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
-    original = next(
-        (name for name in names if isinstance(name, str) and _ORIGINAL_LLAVA.fullmatch(name)), None
-    )
+    original = next((name for name in names if isinstance(name, str) and _ORIGINAL_LLAVA.fullmatch(name)), None)
     if original is None:
         return
     converted = _converted_checkpoint(config, option)

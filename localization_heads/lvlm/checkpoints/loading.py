@@ -181,9 +181,7 @@ def _find_notes(lvlm: LVLM, folder: Path | None) -> Iterator[str]:
     tokenizer = lvlm.processor.tokenizer
     if not lvlm.writes_bos(lvlm.prompt("it")) and (mismatch := bos_mismatch(tokenizer, folder)):
         yield f"{lvlm.name}: {mismatch}"
-    missing = [
-        head for head in lvlm.known_heads if head.layer >= lvlm.num_layers or head.head >= lvlm.num_heads
-    ]
+    missing = [head for head in lvlm.known_heads if head.layer >= lvlm.num_layers or head.head >= lvlm.num_heads]
     if missing:
         yield (
             f"{lvlm.name} has {lvlm.num_layers} layers of {lvlm.num_heads} heads and no {missing[0]}: it is not the "
@@ -206,8 +204,7 @@ def _check_image_position(lvlm: LVLM) -> None:
     """
     if lvlm.image_text not in lvlm.prompt("it"):
         raise UsageError(
-            f"conv_mode=chat: the chat template of {lvlm.name} leaves the image out; "
-            "use conv_mode=referseg or plain"
+            f"conv_mode=chat: the chat template of {lvlm.name} leaves the image out; use conv_mode=referseg or plain"
         )
     if lvlm.image_comes_first:
         return
@@ -345,9 +342,7 @@ def _load(
     Args:
         show_progress: show a progress bar for local files too; a download always has one.
     """
-    offline_advice = (
-        "model=tiny runs the embedded model, model.name=/path/to/folder a model saved on this machine"
-    )
+    offline_advice = "model=tiny runs the embedded model, model.name=/path/to/folder a model saved on this machine"
     _set_progress_bars(enabled=show_progress or not Path(source).is_dir())
     with checkpoint_errors(source, f"model.name={spec.name}", offline_advice), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

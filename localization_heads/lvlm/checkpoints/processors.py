@@ -155,9 +155,7 @@ def fill_in_missing(processor: Any, config: Any) -> None:
         if hasattr(processor, name) and not getattr(processor, name):
             setattr(processor, name, value)
     if "mm_token_type_ids" in processor.model_input_names:
-        processor.return_mm_token_type_ids = (
-            True  # the model needs them, but some return them only on request
-        )
+        processor.return_mm_token_type_ids = True  # the model needs them, but some return them only on request
     tokenizer = processor.tokenizer
     if not getattr(processor, "chat_template", None):
         processor.chat_template = getattr(tokenizer, "chat_template", None)

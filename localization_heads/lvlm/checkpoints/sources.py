@@ -41,9 +41,7 @@ def resolve_source(name: str, option: str, alternative: str) -> str:
         check_files(folder, option)
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(
-            f"{option}: no such folder, and no Hugging Face id (owner/name) either; {alternative}"
-        )
+        raise UsageError(f"{option}: no such folder, and no Hugging Face id (owner/name) either; {alternative}")
     return name
 
 

@@ -117,9 +117,5 @@ def compose_spec(composed: ModelSpec, choice: str, overrides: Sequence[str] | No
     if overrides is None:
         user_set = {name for name in names if getattr(composed, name) != getattr(chosen, name)}
     else:
-        user_set = {
-            text.partition("=")[0].removeprefix("model.") for text in overrides if text.startswith("model.")
-        }
-    return replace(
-        find_spec(composed.name), **{name: getattr(composed, name) for name in names if name in user_set}
-    )
+        user_set = {text.partition("=")[0].removeprefix("model.") for text in overrides if text.startswith("model.")}
+    return replace(find_spec(composed.name), **{name: getattr(composed, name) for name in names if name in user_set})

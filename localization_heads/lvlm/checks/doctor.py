@@ -176,9 +176,7 @@ def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
         yield Piece("(tokens of the answer)", "query")
 
 
-def expression_pieces(
-    lvlm: LVLM, image: Image.Image, expression: str
-) -> tuple[list[str], list[str], list[str]]:
+def expression_pieces(lvlm: LVLM, image: Image.Image, expression: str) -> tuple[list[str], list[str], list[str]]:
     """The prompt's tokens as text, without image tokens: before the expression, its own, and after it.
 
     Raises:
@@ -224,9 +222,7 @@ def _capture_only(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     silent = [layer for layer in sorted(lvlm.attention_modules) if not rows[layer].any()]
     if silent:
         return Check(None, False, f"no attention was seen in layers {ranges(silent)}")
-    return Check(
-        None, True, "every layer was seen; not compared with eager attention (doctor.check=true does so)"
-    )
+    return Check(None, True, "every layer was seen; not compared with eager attention (doctor.check=true does so)")
 
 
 Inputs = dict[tuple[int, int], dict[str, Tensor]]

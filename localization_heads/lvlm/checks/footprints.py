@@ -29,9 +29,7 @@ NUM_SAMPLED = 8
 LIMIT = 0.25
 """Largest accepted distance of a footprint from the centre of its cell, in cells."""
 UNTRACEABLE = {
-    **dict.fromkeys(
-        ("fast_vlm", "gemma3n", "perception_lm"), "its vision tower is timm's, and mixes the whole image"
-    ),
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "its vision tower is timm's, and mixes the whole image"),
     **dict.fromkeys(
         ("got_ocr2", "pp_chart2table", "unlimited_ocr"),
         "its vision tower computes attention in a way of its own",
@@ -78,9 +76,7 @@ def view_errors(
     cells = {view.name: sampled_cells(view, skip_border=skip_border) for view in views}
     keys = [int(view.index[cell]) for view in views for cell in cells[view.name]]
     centres = footprint_centres(lvlm, image_size, keys, shown)
-    return {
-        view.name: np.array(list(_errors(view, cells[view.name], centres))).reshape(-1, 2) for view in views
-    }
+    return {view.name: np.array(list(_errors(view, cells[view.name], centres))).reshape(-1, 2) for view in views}
 
 
 def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
@@ -138,9 +134,7 @@ def footprint_centres(
     return centres
 
 
-def footprint_colours(
-    lvlm: LVLM, raw: Mapping[str, Any], keys: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def footprint_colours(lvlm: LVLM, raw: Mapping[str, Any], keys: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """For each key, the colours (n, 3) of the pixels that feed it, in 0 to 1, and the influence (n,) of each.
 
     Args:
@@ -218,9 +212,7 @@ def identity_attention(lvlm: LVLM) -> Iterator[None]:
             config._attn_implementation_internal = before[key]
 
 
-def _identity(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, None]:
+def _identity(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     if value.shape[1] != query.shape[1]:
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     if value.shape[2] != query.shape[2]:  # Molmo 2 pools four patches

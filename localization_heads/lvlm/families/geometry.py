@@ -56,9 +56,7 @@ class View:
     @property
     def is_uniform(self) -> bool:
         """Whether all cells are equal in size."""
-        return all(
-            np.allclose(np.diff(e), (e[-1] - e[0]) / (len(e) - 1)) for e in (self.x_edges, self.y_edges)
-        )
+        return all(np.allclose(np.diff(e), (e[-1] - e[0]) / (len(e) - 1)) for e in (self.x_edges, self.y_edges))
 
 
 class Layout(NamedTuple):
@@ -155,17 +153,14 @@ def image_token_id(config: Any) -> int:
         for name in ("image_token_id", "image_token_index", "image_patch_id"):
             if isinstance(value := getattr(part, name, None), int):
                 return value
-    raise UsageError(
-        f"model type '{config.model_type}' has no image token in its prompt: its geometry is unknown"
-    )
+    raise UsageError(f"model type '{config.model_type}' has no image token in its prompt: its geometry is unknown")
 
 
 def grid(positions: NDArray[np.intp], height: int, width: int) -> NDArray[np.intp]:
     """Reshape positions `[h * w]` to `[h, w]`. UsageError if their number does not match."""
     if positions.size != height * width:
         raise UsageError(
-            f"{positions.size} image tokens where {height} x {width} are expected: "
-            "the processor does not fit the model"
+            f"{positions.size} image tokens where {height} x {width} are expected: the processor does not fit the model"
         )
     return positions.reshape(height, width)
 
@@ -330,9 +325,7 @@ def read_maps(
     maps = np.zeros((*row.shape[:-1], h, w))
     for view in views:
         attention = np.take(row, view.index, axis=-1)  # six times as fast as indexing
-        maps += (
-            overlap_fractions(view.y_edges, y_edges) @ attention @ overlap_fractions(view.x_edges, x_edges).T
-        )
+        maps += overlap_fractions(view.y_edges, y_edges) @ attention @ overlap_fractions(view.x_edges, x_edges).T
     return maps.astype(np.float32), box
 
 

@@ -252,9 +252,7 @@ def check_several(config: Any, name: str) -> None:
     """Raise UsageError, naming the families that can, if this one does not take several images in one prompt."""
     if config.model_type not in SEVERAL_IMAGES:
         supported = ", ".join(sorted(SEVERAL_IMAGES))
-        raise UsageError(
-            f"{name} (model type '{config.model_type}') takes one image in a prompt; several: {supported}"
-        )
+        raise UsageError(f"{name} (model type '{config.model_type}') takes one image in a prompt; several: {supported}")
 
 
 def layout_of_first(pair: ProcessedImage) -> Layout:

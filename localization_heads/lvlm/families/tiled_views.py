@@ -257,9 +257,7 @@ def llama4(image: ProcessedImage) -> list[View]:
     ip, vision = image.image_processor, image.config.vision_config
     cells = int(patches_of(vision)[0] * vision.pixel_shuffle_ratio)
     canvas = columns * ip.size["width"], rows * ip.size["height"]
-    limit = (
-        canvas if ip.resize_to_max_canvas else upscaling_limit(image.image_size, ip.size["height"], canvas)
-    )
+    limit = canvas if ip.resize_to_max_canvas else upscaling_limit(image.image_size, ip.size["height"], canvas)
     box = canvas_box(image.image_size, fitted_size(image.image_size, limit), canvas)
     return tiled(image, rows, columns, cells, box=box)
 

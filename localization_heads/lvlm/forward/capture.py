@@ -126,10 +126,7 @@ def _scaled_scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     groups = key.shape[1]
     grouped = query.float().reshape(B, groups, H // groups * n, D)
     step = _kv_heads_at_once(key)
-    rows = [
-        grouped[:, g : g + step] @ key[:, g : g + step].float().transpose(-1, -2)
-        for g in range(0, groups, step)
-    ]
+    rows = [grouped[:, g : g + step] @ key[:, g : g + step].float().transpose(-1, -2) for g in range(0, groups, step)]
     return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).view(B, H, n, -1) * scaling
 
 
@@ -157,9 +154,7 @@ def _last_visible_key(
     return past + (num_queries - 1 if positions is None else positions)
 
 
-def _visible_keys(
-    logits: Tensor, last: Tensor | int, padding: Tensor | None, *, window: int | None
-) -> Tensor | None:
+def _visible_keys(logits: Tensor, last: Tensor | int, padding: Tensor | None, *, window: int | None) -> Tensor | None:
     """Boolean (B or 1, 1, n or 1, K); None if all keys are visible. `padding`: flash attention's (B, K) mask."""
     num_keys = logits.shape[-1]
     if isinstance(last, int):  # stays on the host: a copy to the device would synchronise
@@ -220,9 +215,7 @@ class Recorder:
         self.query = query
         self.num_tokens = num_tokens
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
-        self.unfinished: Tensor | None = (
-            None  # bool (B,), answers without an end token so far; set by the generator
-        )
+        self.unfinished: Tensor | None = None  # bool (B,), answers without an end token so far; set by the generator
         self.token_mask: Tensor | None = None  # bool (B, n), answer tokens to average over; None for all
         self._sums: dict[int, Tensor] = {}  # layer -> (B, H, T) fp32, over the answer's tokens
         self._counts: dict[int, Tensor] = {}  # layer -> (B,), number of tokens in the sum
@@ -363,9 +356,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
         layers: Sequence[nn.Module] | None = getattr(part, "layers", None)
         if layers is not None:
             return layers
-    raise WorkError(
-        f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
-    )
+    raise WorkError(f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported")
 
 
 def uses_cross_attention(model: Any) -> bool:

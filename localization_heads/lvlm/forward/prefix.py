@@ -58,9 +58,7 @@ def max_shareable_length(config: Any) -> float:
         part for part in (rope, *rope.values()) if isinstance(part, Mapping) and _depends_on_length(part)
     ]
     trained = getattr(text, "max_position_embeddings", None) or 0
-    limits = [
-        min(trained, part.get("original_max_position_embeddings") or trained) for part in length_dependent
-    ]
+    limits = [min(trained, part.get("original_max_position_embeddings") or trained) for part in length_dependent]
     return min(limits) - 1 if limits else math.inf
 
 
@@ -135,9 +133,7 @@ _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyL
 def recording_cache(config: Any) -> DynamicCache:
     """Return an empty cache that keeps all tokens, including those outside a sliding window."""
     cache = DynamicCache(config=config.get_text_config())
-    cache.layers = [
-        DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers
-    ]
+    cache.layers = [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers]
     return cache
 
 
@@ -181,10 +177,7 @@ def batch_suffixes(prompts: Sequence[Mapping[str, Any]], start: int) -> dict[str
     """
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     names = [name for name in ("input_ids", "cross_attention_mask") if name in prompts[0]]
-    return {
-        name: torch.cat([_pad_with_last(prompt[name], length)[:, start:] for prompt in prompts])
-        for name in names
-    }
+    return {name: torch.cat([_pad_with_last(prompt[name], length)[:, start:] for prompt in prompts]) for name in names}
 
 
 def _pad_with_last(tokens: Tensor, length: int) -> Tensor:

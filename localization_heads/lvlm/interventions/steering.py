@@ -113,18 +113,14 @@ class Steering:
 
     why_not_shared: str | None = None
 
-    def __init__(
-        self, lvlm: AttentionModel, heads: Mapping[int, list[int]], region: Box, strength: float
-    ) -> None:
+    def __init__(self, lvlm: AttentionModel, heads: Mapping[int, list[int]], region: Box, strength: float) -> None:
         self.lvlm, self.heads, self.region, self.strength = lvlm, heads, region, strength
         self._image_size: tuple[int, int] | None = None
         self._in_region = torch.zeros(0, dtype=torch.bool)  # for each image token, in order
         self._current: _TokenSequence | None = None  # of the running forward pass
         self._cached: WeakKeyDictionary[Any, _TokenSequence] = WeakKeyDictionary()  # by KV cache
 
-    def on_inputs(
-        self, lvlm: AttentionModel, images: Sequence[PromptImages], inputs: Mapping[str, Any]
-    ) -> None:
+    def on_inputs(self, lvlm: AttentionModel, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
         """Find the region's tokens. All images of a block have one size, and so the same token layout."""
         for number, image in enumerate(images):
             if not isinstance(image, Image.Image):

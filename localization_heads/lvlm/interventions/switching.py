@@ -26,9 +26,7 @@ _WHY_NOT_SHARED = "heads are switched off to their mean over the whole prompt"
 
 
 @contextmanager
-def switch_off(
-    lvlm: AttentionModel, heads: Iterable[Head | tuple[int, int]], how: How = "zero"
-) -> Iterator[None]:
+def switch_off(lvlm: AttentionModel, heads: Iterable[Head | tuple[int, int]], how: How = "zero") -> Iterator[None]:
     """Switch heads of the language model off while the block runs, for everything that the model is asked.
 
     >>> with lh.switch_off(lvlm, ranking.top(3)):          # doctest: +SKIP
@@ -58,8 +56,7 @@ def switch_off(
     layers = sorted({head.layer for head in chosen})
     projections = {layer: output_projection(lvlm, layer) for layer in layers}
     columns = {
-        layer: head_columns(lvlm, layer, [head.head for head in chosen if head.layer == layer])
-        for layer in layers
+        layer: head_columns(lvlm, layer, [head.head for head in chosen if head.layer == layer]) for layer in layers
     }
     change = SwitchedOff(columns, how)
     with ExitStack() as stack:
@@ -147,11 +144,7 @@ def head_columns(lvlm: AttentionModel, layer: int, heads: Sequence[int]) -> Tens
     module, projection = lvlm.attention_modules[layer], output_projection(lvlm, layer)
     width = getattr(projection, "in_features", None)
     head_dim = getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None)
-    if (
-        not isinstance(width, int)
-        or width % lvlm.num_heads
-        or (head_dim and head_dim * lvlm.num_heads != width)
-    ):
+    if not isinstance(width, int) or width % lvlm.num_heads or (head_dim and head_dim * lvlm.num_heads != width):
         expected = f"{lvlm.num_heads} heads" + (f" of {head_dim}" if head_dim else "")
         raise UsageError(
             f"{lvlm.name}: layer {layer}: the output projection takes {width or 'an unknown number of'} values, but "

@@ -72,9 +72,7 @@ def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> s
         raise UsageError("the expression is not valid Unicode text: it came in another encoding than UTF-8")
     for token in special_tokens:
         if token in text:
-            raise UsageError(
-                f"the expression holds '{token}', which this model reads as a control token: leave it out"
-            )
+            raise UsageError(f"the expression holds '{token}', which this model reads as a control token: leave it out")
     return text
 
 

@@ -47,10 +47,7 @@ def find_query(
     if kind == "answer_first":
         return Query(step=1)
     ids = inputs["input_ids"].tolist()
-    spans = [
-        expression_tokens(tokenizer, prompt, row, dropped_token)
-        for prompt, row in zip(prompts, ids, strict=True)
-    ]
+    spans = [expression_tokens(tokenizer, prompt, row, dropped_token) for prompt, row in zip(prompts, ids, strict=True)]
     if kind == "expression_end":
         return Query(torch.tensor([[span[-1]] for span in spans]))
     return _mean_over(spans)
@@ -94,9 +91,7 @@ def batch_queries(queries: Sequence[tuple[Query, int]], past: int) -> Query:
     return Query(padded_positions - past, padded_weights if n > 1 else None, past=past)
 
 
-def expression_tokens(
-    tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None = None
-) -> range:
+def expression_tokens(tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None = None) -> range:
     """Return the indices into `ids` of the tokens that spell the expression, without its closing full stop.
 
     A token that extends beyond the expression (with the space before it) counts as part of it. The exception is a last
@@ -115,9 +110,7 @@ def expression_tokens(
     return span
 
 
-def _by_offsets(
-    tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None
-) -> range | None:
+def _by_offsets(tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None) -> range | None:
     """Find the expression by a fast tokenizer's character offsets.
 
     Image tokens shift all positions in `ids`, so the expression's tokens are searched there, nearest to where they are
