@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from localization_heads.errors import ArgumentError, UsageError, shown
 from localization_heads.grounder import Grounder, load_calibration, make_segmenter
 from localization_heads.grounding.confidence import Calibration
-from localization_heads.head_choice import check_heads, heads_found_with, resolve_heads
-from localization_heads.heads.head import Head
+from localization_heads.head_choice import heads_found_with, resolve_heads
+from localization_heads.heads.head import Head, check_heads
 from localization_heads.heads.record import HeadRanking
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.options.compose import choices_of, default_grounding, load_preset

@@ -18,7 +18,7 @@ from localization_heads.evaluation.confidence import Claim, claim_of
 from localization_heads.evaluation.judging import HEADS, Bootstrap, Judge, Scores, overlap_of_all, truth_of
 from localization_heads.evaluation.protocols import Answer, named_protocol, protocol_block
 from localization_heads.evaluation.scores import instance_metrics, score_box
-from localization_heads.finding import attend_samples
+from localization_heads.finding import stream_attention
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.vocabulary import warn_of_unknown_words
@@ -119,7 +119,7 @@ def evaluate(
         check_box_scale(collect_true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
     extra_prompts = grounder.extra_prompts(every_head=controls)
-    for sample, image, image_number, maps in attend_samples(lvlm, samples, not_finite, last_layer, extra_prompts):
+    for sample, image, image_number, maps in stream_attention(lvlm, samples, not_finite, last_layer, extra_prompts):
         has_single_truth = not sample.absent and len(sample.boxes) < 2
         truth = truth_of(_with_bbox(sample), image.size) if has_single_truth else None
         if sample.bbox is not None and not is_sequence:

@@ -87,7 +87,7 @@ def find_heads(
             or a mask: `mass`, `iou` and `pointing` score the head's own map, `vrh` the attention of the tokens of the
             box that the model writes (`heads.labels`).
         num_labels: samples drawn for a ranking by labels; None for all. `num_trials` draws show its spread.
-        shrink: whether to shrink a ranking from few labels towards the label-free one (`heads.labels.shrunk`).
+        shrink: whether to shrink a ranking from few labels towards the label-free one (`heads.labels.shrink_scores`).
         shrink_n0: the number of labels at which both rankings weigh the same.
 
     Raises:
@@ -144,7 +144,7 @@ def _drawn_images(keys: Sequence[str | None], times_drawn: NDArray[np.int64]) ->
     return tuple(sorted({key for key, times in zip(keys, times_drawn, strict=True) if key and times}))
 
 
-class AttendedSample(NamedTuple):
+class StreamedSample(NamedTuple):
     """A sample with its decoded image and the maps of every head.
 
     `image_number` counts runs of consecutive samples that share an image.
@@ -156,7 +156,7 @@ class AttendedSample(NamedTuple):
     maps: AttentionMaps
 
 
-LabelScorer = Callable[[AttendedSample], NDArray[np.float32]]
+LabelScorer = Callable[[StreamedSample], NDArray[np.float32]]
 """Scores every head on a labelled sample: float32 `[layer, head]`."""
 
 
@@ -168,7 +168,7 @@ def _label_scorer(lvlm: LVLM, by: HeadsBy) -> LabelScorer | None:
         return lambda attended: label_scores(attended.maps, truth_of(attended.sample, attended.image.size))[by]
     reader = with_box_span(lvlm)
 
-    def mass_of_written_box(attended: AttendedSample) -> NDArray[np.float32]:
+    def mass_of_written_box(attended: StreamedSample) -> NDArray[np.float32]:
         truth = truth_of(attended.sample, attended.image.size)
         return mass_on_patches(reader.attend(attended.image, attended.sample.expression), truth.box)
 
@@ -176,9 +176,9 @@ def _label_scorer(lvlm: LVLM, by: HeadsBy) -> LabelScorer | None:
 
 
 class _Probed(NamedTuple):
-    """An attended sample, and what further forward passes said about its heads where these are wanted."""
+    """A sample with the results of its further forward passes, None unless the criteria or the labels need them."""
 
-    attended: AttendedSample
+    attended: StreamedSample
     sensitivity: SensitivityStatistics | None
     label_scores: NDArray[np.float32] | None
 
@@ -208,7 +208,7 @@ def _measure_samples(
 ) -> list[_MeasuredSample]:
     """Measure every usable sample; statistics are computed while the model attends to the next batch."""
 
-    def probe(attended: AttendedSample) -> _Probed:
+    def probe(attended: StreamedSample) -> _Probed:
         sensitivity = None
         if measures_sensitivity(criteria):
             mirrored = None
@@ -231,17 +231,17 @@ def _measure_samples(
     def num_bytes(probed: _Probed) -> int:
         return probed.attended.maps.num_bytes
 
-    with closing(attend_samples(lvlm, samples, not_finite, extra_prompts=sensitivity_prompts(criteria))) as attended:
+    with closing(stream_attention(lvlm, samples, not_finite, extra_prompts=sensitivity_prompts(criteria))) as attended:
         return list(postprocess(map(probe, attended), measure, num_bytes, 2 * BATCH_SIZE))
 
 
-def attend_samples(
+def stream_attention(
     lvlm: LVLM,
     samples: Iterable[Sample],
     not_finite: list[NotFiniteError],
     last_layer: int | None = None,
     extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
-) -> Generator[AttendedSample, None, None]:
+) -> Generator[StreamedSample, None, None]:
     """Yield the maps of each sample, in order. An image is encoded once for consecutive samples that share it.
 
     Args:
@@ -270,7 +270,7 @@ def attend_samples(
                     log.warning("%r is left out: %s", sample.id or sample.expression, error)
                     not_finite.append(error)
                     continue
-                yield AttendedSample(sample, batch.image, batch.image_number, maps)
+                yield StreamedSample(sample, batch.image, batch.image_number, maps)
 
 
 class _Batch(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +124,3 @@ def heads_found_with(
     if isinstance(choice, str) and choice in ready_lists():
         return ready_lists()[choice].found_with
     return ready.of.found_with if choice == "auto" and ready.of else None
-
-
-def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:
-    """UsageError, naming the option, for a head that a model of that shape does not have."""
-    for head in heads:
-        if not (0 <= head.layer < num_layers and 0 <= head.head < num_heads):
-            raise UsageError(
-                f"{option}: there is no {head}; the layers are 0 to {num_layers - 1} and the heads 0 to {num_heads - 1}"
-            )

@@ -25,8 +25,8 @@ from scipy import ndimage
 
 from localization_heads.apps.demo import drawing, guard
 from localization_heads.apps.demo.session import (
+    ImageQuestion,
     ModelQueue,
-    Question,
     as_json,
     ask,
     check_number,
@@ -66,7 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> DemoRun:
 
 
 @pytest.fixture
-def question(run: DemoRun) -> Question:
+def question(run: DemoRun) -> ImageQuestion:
     image, expression = example_images(1)[0]
     return ask(run, image, f"{expression}; something else")
 
@@ -225,7 +225,7 @@ def visitors(tmp_path) -> Visitors:
 def visit(visitors: Visitors, name: str, num_bytes: int = 100, upload: Path | None = None) -> Any:
     """Leave what a question leaves: its state, a file of the answer, and the image's file."""
     with visitors.request(name) as visitor:
-        visitor.question = cast(Question, SimpleNamespace(num_bytes=num_bytes))
+        visitor.question = cast(ImageQuestion, SimpleNamespace(num_bytes=num_bytes))
         (visitor.new_folder() / "boxes.png").touch()
         if upload:
             upload.parent.mkdir(exist_ok=True)

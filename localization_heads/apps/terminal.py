@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from localization_heads.apps.tables import box_text, grounding_text
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError, printable
-from localization_heads.head_choice import check_heads
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, check_heads
 from localization_heads.locating import ground
 from localization_heads.lvlm.conversation import Conversation
 from localization_heads.options.compose import describe_preset

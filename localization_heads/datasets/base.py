@@ -214,7 +214,7 @@ def is_natural_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18
 
 
-def clean_expression(value: object) -> str:
+def normalise_expression(value: object) -> str:
     """An expression with normalised whitespace. BadLineError if it is empty, too long, not printable or not text."""
     if not isinstance(value, str):
         raise BadLineError("an expression is not text")
@@ -229,7 +229,7 @@ def clean_expression(value: object) -> str:
 def make_entry(id: str, split: str, picture: str, text: object, row: int) -> IndexEntry | BadExpression:
     """The index entry of an expression, or a `BadExpression` if its text is invalid."""
     try:
-        return IndexEntry(id, split, picture, clean_expression(text), row)
+        return IndexEntry(id, split, picture, normalise_expression(text), row)
     except BadLineError as error:
         return BadExpression(id, str(error))
 

@@ -49,7 +49,7 @@ def select_proposals(
     if not proposals.size or not math.isfinite(grounding.threshold):
         return []
     grid_box = _grid_box(grounding, proposals)
-    scores = _scores(grounding, proposals)
+    scores = _scores(grounding, proposals, grid_box)
     components = _components(grounding, least)
     areas = np.count_nonzero(proposals, axis=(1, 2))
     kept: list[int] = []
@@ -71,9 +71,9 @@ def _grid_box(grounding: Grounding, proposals: NDArray[np.bool_]) -> Box:
     return rescale_box(grounding.image_box, grounding.image_size, (proposals.shape[2], proposals.shape[1]))
 
 
-def _scores(grounding: Grounding, proposals: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _scores(grounding: Grounding, proposals: NDArray[np.bool_], grid_box: Box) -> NDArray[np.float64]:
     size = proposals.shape[2], proposals.shape[1]
-    excess = upsample_to_image(grounding.combined, _grid_box(grounding, proposals), size) - grounding.threshold
+    excess = upsample_to_image(grounding.combined, grid_box, size) - grounding.threshold
     return np.array([excess[mask].sum(dtype=np.float64) for mask in proposals])
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from localization_heads.errors import shown
+from localization_heads.errors import UsageError, shown
 
 _MAX_LENGTH = 40
 _ADDRESS = re.compile(r"[Ll]?(\d{1,9})(?:\s*[-,:]\s*[Hh]?|\s+[Hh]?|[Hh])(\d{1,9})")
@@ -46,3 +46,12 @@ def find_duplicate(heads: Iterable[Head]) -> Head | None:
             return head
         seen.add(head)
     return None
+
+
+def check_heads(heads: Iterable[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:
+    """UsageError, naming the option, for a head that a model of that shape does not have."""
+    for head in heads:
+        if not (0 <= head.layer < num_layers and 0 <= head.head < num_heads):
+            raise UsageError(
+                f"{option}: there is no {head}; the layers are 0 to {num_layers - 1} and the heads 0 to {num_heads - 1}"
+            )

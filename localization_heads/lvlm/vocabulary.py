@@ -19,13 +19,13 @@ def unknown_words(tokenizer: Any, expressions: Sequence[str]) -> list[str]:
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return []
-    words = dict.fromkeys(word for text in expressions for word in split_words(text))
+    words = dict.fromkeys(word for text in expressions for word in _split_expression(text))
     return [word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
 
-def split_words(expression: str) -> list[str]:
+def _split_expression(expression: str) -> list[str]:
     """
-    >>> split_words("the dog, (a brown one)?")
+    >>> _split_expression("the dog, (a brown one)?")
     ['the', 'dog', 'a', 'brown', 'one']
     """
     return [word for part in expression.split() if (word := part.strip(PUNCTUATION))]
@@ -68,6 +68,6 @@ def warn_of_unknown_words(lvlm: ModelWithProcessor, expressions: Sequence[str]) 
         return
     listed = ", ".join(unknown[:MAX_LISTED])
     more = f" and {len(unknown) - MAX_LISTED} more" if len(unknown) > MAX_LISTED else ""
-    affected = sum(not set(unknown).isdisjoint(split_words(text)) for text in expressions)
+    affected = sum(not set(unknown).isdisjoint(_split_expression(text)) for text in expressions)
     share = f", in {affected} of {len(expressions)} expressions" if len(expressions) > 1 else ""
     lvlm.note(f"{listed}{more}: not among the {len(tokenizer)} words of the {lvlm.name} model{share}")

@@ -29,9 +29,9 @@ from localization_heads.experiments.ablation import (
     make_conditions,
 )
 from localization_heads.grounding.ground import ground_maps
-from localization_heads.head_choice import check_heads, known_heads, resolve_all_heads
+from localization_heads.head_choice import known_heads, resolve_all_heads
 from localization_heads.heads.criteria import check_criteria
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, check_heads
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BoxFormat
 from localization_heads.lvlm.native_box import generate_box, native_box_format

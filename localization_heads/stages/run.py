@@ -20,8 +20,8 @@ from localization_heads.errors import UsageError
 from localization_heads.grounder import Grounder, choose_calibration, make_segmenter
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import MIN_INSTANCE_MASS, MIN_INSTANCE_MASS_OF_PLACES
-from localization_heads.head_choice import check_heads, choose_heads, heads_found_with, heads_source
-from localization_heads.heads.head import Head
+from localization_heads.head_choice import choose_heads, heads_found_with, heads_source
+from localization_heads.heads.head import Head, check_heads
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.ready import NATIVE_BOX, FoundWith, ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import HeadRanking

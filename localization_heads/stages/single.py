@@ -19,9 +19,9 @@ from localization_heads.data.sources import PromptImages, Together, image_at, im
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.ground import Grounding
-from localization_heads.head_choice import check_heads, choose_heads, heads_found_with
+from localization_heads.head_choice import choose_heads, heads_found_with
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, check_heads
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads
 from localization_heads.heads.ready import NONE_READY, choose_ready, mismatch_warning
 from localization_heads.lvlm.checkpoints.spec import find_spec

@@ -11,9 +11,8 @@ from localization_heads.data.samples import VisualizationEntry, load_visualizati
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.ground import Grounding
-from localization_heads.head_choice import check_heads
 from localization_heads.heads.criteria import HeadStatistics, binarise, check_criteria, head_statistics
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, check_heads
 from localization_heads.options.programs import VisualizeOptions
 from localization_heads.stages.entries import select_range
 from localization_heads.stages.single import (

@@ -16,7 +16,7 @@ from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_map
 from localization_heads.apps.demo.guard import make_room
 from localization_heads.apps.demo.session import (
     MODEL_QUEUE,
-    Question,
+    ImageQuestion,
     Segmenters,
     as_json,
     ask,
@@ -318,7 +318,7 @@ class Page:
             gr.Warning(f"{error}. Until then the masks are those of the maps.")
             return "none"
 
-    def _refine(self, question: Question, grounding: Grounding, mask: object) -> Grounding:
+    def _refine(self, question: ImageQuestion, grounding: Grounding, mask: object) -> Grounding:
         """The grounding with the segmenter's mask, made on the stored image through the model queue."""
         if mask == "none":
             return grounding
@@ -337,7 +337,7 @@ class Page:
         return file
 
     def _images(
-        self, folder: Path, question: Question, groundings: Sequence[Grounding], which: object, name: str
+        self, folder: Path, question: ImageQuestion, groundings: Sequence[Grounding], which: object, name: str
     ) -> tuple[str, str]:
         """Save two images: the boxes of all expressions, and the map of one."""
         index = question.expressions.index(which) if which in question.expressions else 0
@@ -347,7 +347,7 @@ class Page:
             _save(folder / f"map_{name}.png", draw_map(question.image, groundings[index])),
         )
 
-    def _downloads(self, folder: Path, question: Question, groundings: Sequence[Grounding]) -> tuple[str, str]:
+    def _downloads(self, folder: Path, question: ImageQuestion, groundings: Sequence[Grounding]) -> tuple[str, str]:
         """Save the files to download: the groundings as JSON, and the boxes on the stored image."""
         file = folder / "groundings.json"
         file.write_text(json.dumps(as_json(question, groundings), indent=2) + "\n")

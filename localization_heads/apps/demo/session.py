@@ -1,7 +1,7 @@
 """A question to the page: an image, its expressions and their attention maps.
 
-The model runs only in `ask`, one forward pass at a time. A slider or a click only calls `Question.ground` again, on the
-stored maps.
+The model runs only in `ask`, one forward pass at a time. A slider or a click only calls `ImageQuestion.ground` again,
+on the stored maps.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from localization_heads.errors import UsageError, shown
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
-from localization_heads.head_choice import check_heads
 from localization_heads.heads.criteria import head_statistics
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, check_heads
 from localization_heads.heads.one_sample import greedy_heads
 from localization_heads.lvlm.checkpoints.sources import checkpoint_folder
 from localization_heads.options.compose import choices_of, describe_preset, load_preset
@@ -135,7 +134,7 @@ class Segmenters:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class ImageQuestion:
     """One image, the expressions asked about it, and the attention maps of every head.
 
     Args:
@@ -177,7 +176,7 @@ class Question:
         return [grounder.ground(maps, None) for maps in self.maps]
 
 
-def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Question:
+def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> ImageQuestion:
     """Run the model on an image and on expressions, which are separated by line breaks or semicolons.
 
     Raises:
@@ -203,7 +202,7 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Questio
         raise UsageError("no head looks at this image: none passes criterion 1")
     sums = np.mean([s.attention_sum for s in statistics], axis=0)
     asked = {**run.lvlm.choices, **run.lvlm.asked}
-    return Question(opened, expressions, maps, ranked, sums, asked, calibration)
+    return ImageQuestion(opened, expressions, maps, ranked, sums, asked, calibration)
 
 
 def num_pixels(image: Image.Image | Path) -> int:
@@ -282,7 +281,7 @@ def toggle(heads: Sequence[Head], head: Head) -> list[Head]:
     return [h for h in heads if h != head] if head in heads else [*heads, head]
 
 
-def as_json(question: Question, groundings: Sequence[Grounding]) -> list[dict[str, Any]]:
+def as_json(question: ImageQuestion, groundings: Sequence[Grounding]) -> list[dict[str, Any]]:
     """The content of the download: the keys of predictions.jsonl, with the expression."""
     return [
         {

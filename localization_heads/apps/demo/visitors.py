@@ -17,7 +17,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from localization_heads.apps.demo.guard import remove
-from localization_heads.apps.demo.session import Question
+from localization_heads.apps.demo.session import ImageQuestion
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 
@@ -42,14 +42,14 @@ class Visitor:
     """
 
     folder: Path
-    question: Question | None = None
+    question: ImageQuestion | None = None
     heads_b: list[Head] = field(default_factory=list)
     upload: Path | None = None
     last_used: float = field(default_factory=time.monotonic)
     num_pending: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def require_question(self) -> Question:
+    def require_question(self) -> ImageQuestion:
         """The last question. UsageError if there is none, or if it was dropped."""
         if self.question is None:
             raise UsageError(NO_QUESTION)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError, shown
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, check_heads
 
 
 class Change(Protocol):
@@ -23,7 +23,7 @@ class Change(Protocol):
         """Called for every batch with its images, one entry per sample, and the processor's output."""
 
 
-def resolve_heads(heads: Iterable[Any], lvlm: Any, what: str) -> tuple[Head, ...]:
+def validate_heads(heads: Iterable[Any], lvlm: Any, what: str) -> tuple[Head, ...]:
     """Return the heads without duplicates, from `Head`s, pairs or texts such as `14-24`.
 
     Args:
@@ -35,11 +35,7 @@ def resolve_heads(heads: Iterable[Any], lvlm: Any, what: str) -> tuple[Head, ...
     """
     layers, resolved = sorted(lvlm.attention_modules), dict.fromkeys(_as_head(head, what) for head in heads)
     for head in resolved:
-        if not (0 <= head.layer < lvlm.num_layers and 0 <= head.head < lvlm.num_heads):
-            raise UsageError(
-                f"{what}: there is no {head}; the layers are 0 to {lvlm.num_layers - 1} and the heads 0 to "
-                f"{lvlm.num_heads - 1}"
-            )
+        check_heads((head,), lvlm.num_layers, lvlm.num_heads, what)
         if head.layer not in layers:
             raise UsageError(
                 f"{what}: there is no {head}; layer {head.layer} has no heads that see the image, choose from "

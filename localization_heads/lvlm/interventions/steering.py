@@ -26,7 +26,7 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.attention_model import AttentionModel
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import changed_masks
-from localization_heads.lvlm.forward.changes import resolve_heads
+from localization_heads.lvlm.forward.changes import validate_heads
 
 KERNELS = ("sdpa", "eager")
 """Attention implementations that take a mask per head."""
@@ -59,7 +59,7 @@ def steer(
     box = _parse_region(region)
     if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise UsageError(f"steer: the strength must be a finite number, not {strength!r}")
-    chosen = resolve_heads(heads, lvlm, "steer")
+    chosen = validate_heads(heads, lvlm, "steer")
     if not chosen or strength == 0:
         yield
         return

@@ -17,7 +17,7 @@ from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.attention_model import AttentionModel
-from localization_heads.lvlm.forward.changes import resolve_heads
+from localization_heads.lvlm.forward.changes import validate_heads
 
 How = Literal["zero", "mean"]
 PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "proj")
@@ -45,7 +45,7 @@ def switch_off(lvlm: AttentionModel, heads: Iterable[Head | tuple[int, int]], ho
     """
     if how not in get_args(How):
         raise UsageError(f"switch_off: how={how!r}: choose zero or mean")
-    chosen = resolve_heads(heads, lvlm, "switch_off")
+    chosen = validate_heads(heads, lvlm, "switch_off")
     if not chosen:
         yield
         return
